@@ -1,0 +1,1 @@
+"""What the weights see: text, activations and the statistics that choose codes."""
