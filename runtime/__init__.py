@@ -1,0 +1,1 @@
+"""How a checkpoint runs: the model's mathematics, kernels, memory, state and generation."""

@@ -1,0 +1,155 @@
+"""The two attentions of the model: lightning (linear, with a state) and softmax (with a key-value cache).
+
+Array axes: B batch, T tokens, L tokens with the past, D hidden, H heads, G key-value heads, K head dim,
+R rotated features. Both project through one matrix whose rows are their inputs' projections, one under the other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minibble.quantize.config import ModelConfig
+from minibble.runtime.kernels.lightning import lightning
+from minibble.runtime.layers import Linear, RMSNorm
+from minibble.runtime.state import HybridState
+
+LIGHTNING_NORM_EPS = 1e-6  # fixed in the original code, whatever the config says of the other norms
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one forward share: rotations, masks and the state of the sequences."""
+
+    cos: Tensor  # float32 [B or 1, T, R]
+    sin: Tensor
+    valid_BT: Tensor | None  # False at padding among the new tokens; None where there is none
+    mask: Tensor | None  # bool [B or 1, 1, T, L], what each token may see; None where causality says it all
+    state: HybridState | None
+
+
+def geometric_slopes(heads: int) -> list[float]:
+    """2^(-8 h / H) for heads h from 1 to H."""
+    return [2.0 ** (-8 * h / heads) for h in range(1, heads + 1)]
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """The slopes of ALiBi (Press et al., 2022): geometric if `heads` is a power of two.
+
+    For other counts: those of the next lower power of two, then every other one of the next higher.
+    """
+    lower = 2 ** math.floor(math.log2(heads))
+    return geometric_slopes(lower) + geometric_slopes(2 * lower)[::2][: heads - lower]
+
+
+def decay_slopes(config: ModelConfig, layer: int) -> Tensor:
+    """Slope of each head's exponential decay in `layer`, float32 [H]."""
+    rule = alibi_slopes if config.slopes == "alibi" else geometric_slopes
+    depth = 1 - layer / max(config.num_hidden_layers - 1, 1) + 1e-5
+    return torch.tensor([slope * depth for slope in rule(config.num_attention_heads)], dtype=torch.float32)
+
+
+class LightningAttention(nn.Module):
+    """out(sigmoid(gate x) * rmsnorm(lightning(silu(qkv x)))), no positions, no scaling by the head dim."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        HK = self.heads * self.head_dim
+        self.in_proj = Linear(4 * HK, config.hidden_size)  # qkv_proj, output_gate
+        self.out_proj = Linear(config.hidden_size, HK)
+        self.norm = RMSNorm(HK, LIGHTNING_NORM_EPS)
+        self.slopes = decay_slopes(config, layer)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        B, T, _ = x_BTD.shape
+        HK = self.heads * self.head_dim
+        projected = self.in_proj(x_BTD)
+        qkv = F.silu(projected[..., : 3 * HK].float()).view(B, T, self.heads, 3 * self.head_dim)
+        if context.valid_BT is not None:
+            qkv = qkv * context.valid_BT[:, :, None, None]
+        q, k, v = qkv.split(self.head_dim, dim=-1)
+        o_BTHK, state = lightning(q, k, v, self._slopes_on(x_BTD), self._state(x_BTD, context), context.valid_BT)
+        if context.state is not None:
+            context.state.lightning[self.layer] = state
+        o = self.norm(o_BTHK.reshape(B, T, HK)) * torch.sigmoid(projected[..., 3 * HK :].float())
+        return self.out_proj(o.to(x_BTD.dtype))
+
+    def _slopes_on(self, x: Tensor) -> Tensor:
+        # No buffer: those follow the model's dtype, and in bf16 decays of nearly 1 become 1.
+        if self.slopes.device != x.device:
+            self.slopes = self.slopes.to(x.device)
+        return self.slopes
+
+    def _state(self, x_BTD: Tensor, context: Context) -> Tensor:
+        if context.state is not None:
+            return context.state.lightning_state(self.layer, x_BTD.shape[0], x_BTD.device)
+        H, K = self.heads, self.head_dim
+        return torch.zeros(x_BTD.shape[0], H, K, K, dtype=torch.float32, device=x_BTD.device)
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal grouped-query attention over all tokens; the first `rotary_dim` features of a head are rotated."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.rotary_dim = config.head_dim, config.rotary_dim
+        HK, GK = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.in_proj = Linear(HK + 2 * GK, config.hidden_size)  # q_proj, k_proj, v_proj
+        self.out_proj = Linear(config.hidden_size, HK)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        B, T, _ = x_BTD.shape
+        heads = self.in_proj(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
+        rotated = self.heads + self.kv_heads
+        qk, v = heads[:, :rotated], heads[:, rotated:]
+        qk = rotate(qk, context.cos, context.sin, self.rotary_dim)
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
+        if context.state is not None:
+            k, v = context.state.append(self.layer, k, v)
+        o = attend(q, k, v, context.mask)
+        return self.out_proj(o.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+
+def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention [B, H, T, K], H/G query heads to a key-value head; without a mask it is causal."""
+    groups = q_BHTK.shape[1] // k_BGLK.shape[1]
+    if q_BHTK.shape[2] == 1:
+        q = q_BHTK.squeeze(2).unflatten(1, (-1, groups)) * q_BHTK.shape[-1] ** -0.5
+        scores = torch.matmul(q, k_BGLK.transpose(-1, -2)).float()
+        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        return torch.matmul(scores.softmax(-1).to(q.dtype), v_BGLK).flatten(1, 2).unsqueeze(2)
+    if not q_BHTK.is_cuda:
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+        )
+    # cuDNN plans anew for every length, some 50 ms each; and of the others only math takes a mask with groups.
+    if mask is not None and groups > 1:
+        k_BGLK, v_BGLK, groups = k_BGLK.repeat_interleave(groups, 1), v_BGLK.repeat_interleave(groups, 1), 1
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+        )
+
+
+def rotations(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, float32 [B, T, R]; angles in float64, exact at a million tokens."""
+    half = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64, device=positions_BT.device)
+    angle = positions_BT.double()[..., None] * config.rope_theta ** (-half / config.rotary_dim)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotary_dim: int) -> Tensor:
+    """Rotary embedding of the first `rotary_dim` features, pairing feature i with i + R/2; the rest unchanged."""
+    turned, kept = x_BHTK[..., :rotary_dim].float(), x_BHTK[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    turned = turned * cos_BTR[:, None] + swapped * sin_BTR[:, None]
+    return torch.cat((turned.to(x_BHTK.dtype), kept), dim=-1)

@@ -1,0 +1,78 @@
+"""y = x W^T with W in 4 bits (or in 16 and more): the one place that chooses how."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.errors import CheckpointError
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.kernels import reference_forced
+
+
+class Packed(Protocol):
+    """A 4-bit matrix [N, K] in some kernel's own layout."""
+
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor: ...
+
+
+class ReferencePacked:
+    """The reference path as a kernel: float32 throughout."""
+
+    def __init__(self, parts: list[QuantizedTensor]):
+        self.parts = parts
+        self.shape = (sum(q.shape[0] for q in parts), parts[0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(q.nbytes for q in self.parts)
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        from minibble.runtime.kernels.linear4 import reference
+
+        return reference.linear(x, self.parts).to(out_dtype)
+
+
+def prepare(parts: list[QuantizedTensor], device: torch.device, dtype: torch.dtype) -> Packed:
+    """Lay out `parts` (equal K, whole blocks per row, rows in order) on `device` for activations of `dtype`."""
+    assert len({q.shape[1] for q in parts}) == 1, "parts of different widths"
+    if parts[0].shape[1] % parts[0].block_size:
+        raise CheckpointError(f"rows of {parts[0].shape[1]} weights are not whole blocks of {parts[0].block_size}")
+    parts = [q.to(device) for q in parts]
+    if reference_forced():
+        return ReferencePacked(parts)
+    if device.type == "cpu":
+        from minibble.runtime.kernels.linear4 import cpu
+
+        return cpu.PackedLinear(parts, dtype)
+    from minibble.runtime.kernels.linear4 import cuda
+
+    return cuda.PackedLinear(parts)
+
+
+Weight = Tensor | Packed
+
+
+def gemv_arrays(weight: Weight) -> tuple[Any, Any] | None:
+    """Codes and absmax of a matrix that is laid out for the CPU's compiled loop; None for any other."""
+    return getattr(weight, "arrays", None)
+
+
+def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., K] times `weight` [N, K] transposed: [..., N] in `out_dtype` (default: that of x).
+
+    With `out_dtype` float32 the sums leave the product unrounded.
+    """
+    out_dtype = out_dtype or x.dtype
+    if not isinstance(weight, Tensor):
+        return weight(x, out_dtype)
+    if out_dtype == x.dtype == weight.dtype:
+        return torch.nn.functional.linear(x, weight)
+    if x.is_cuda and x.dtype == weight.dtype:
+        return torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=out_dtype).unflatten(0, x.shape[:-1])
+    return torch.nn.functional.linear(x.to(weight.dtype), weight).to(out_dtype)

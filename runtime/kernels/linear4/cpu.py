@@ -1,0 +1,104 @@
+"""NF4 products on the CPU.
+
+With AVX512-BF16 bitsandbytes multiplies straight from the codes, in bf16. Elsewhere, and for float32 activations, one
+or two tokens go through our own loop (gemv.py, where numba is installed); for more, bitsandbytes decodes the matrix
+and torch multiplies. Without bitsandbytes torch does both.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.nf4 import NF4, decode_absmax
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.kernels.linear4 import gemv
+
+GEMV_TOKENS = 2  # from three tokens on, decoding once for all is quicker
+
+
+@cache
+def bitsandbytes() -> Any:
+    """bitsandbytes' functional module, or None where it is not installed."""
+    try:
+        import bitsandbytes.functional as functional
+    except ImportError:
+        return None
+    return functional
+
+
+@cache
+def has_fused() -> bool:
+    """True where bitsandbytes has a kernel that multiplies from the codes on this CPU."""
+    functional = bitsandbytes()
+    return functional is not None and bool(functional.has_avx512bf16())
+
+
+def path() -> str:
+    """The path that one token's products take here: `fused`, `gemv`, `decode` (bitsandbytes decodes) or `torch`."""
+    if has_fused():
+        return "fused"
+    if gemv.available():
+        return "gemv"
+    return "torch" if bitsandbytes() is None else "decode"
+
+
+class PackedLinear:
+    """The rows of one or several NF4 matrices of one width, laid out for this CPU. Second-level scales are resolved."""
+
+    def __init__(self, parts: list[QuantizedTensor], dtype: torch.dtype):
+        first = parts[0]
+        self.shape = (sum(q.shape[0] for q in parts), first.shape[1])
+        self.block_size = first.block_size
+        self.codes = torch.cat([q.codes for q in parts])
+        self.absmax = torch.cat([decode_absmax(q) for q in parts])
+        self.fused_state: Any = None
+        N, K = self.shape
+        self.arrays: tuple[Any, Any] | None = None
+        if dtype == torch.bfloat16 and has_fused() and N % 32 == 0 and K % 64 == 0:
+            self._repack()
+        elif gemv.available() and gemv.suits(N, K, self.block_size):
+            self.arrays = self.codes.numpy(), self.absmax.numpy()
+
+    def _repack(self) -> None:
+        functional = bitsandbytes()
+        state = functional.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size(self.shape),
+            code=functional.get_4bit_type("nf4", device="cpu"),
+            blocksize=self.block_size,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+        )
+        self.codes, self.fused_state = functional._convert_weight_packed_for_cpu(self.codes, state)
+        self.absmax = self.fused_state.absmax
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        if self.fused_state is not None:
+            return bitsandbytes().gemv_4bit(x, self.codes, state=self.fused_state).to(out_dtype)
+        if self.arrays is not None and x.numel() <= GEMV_TOKENS * self.shape[1] and not x.requires_grad:
+            return self._by_token(x).to(out_dtype)
+        return torch.nn.functional.linear(x, self.decode(x.dtype)).to(out_dtype)
+
+    def _by_token(self, x: Tensor) -> Tensor:
+        N, K = self.shape
+        assert self.arrays is not None
+        x = x.float()
+        if x.numel() == K:
+            return gemv.gemv(*self.arrays, x.view(K), N).view(*x.shape[:-1], N)
+        return torch.stack([gemv.gemv(*self.arrays, row, N) for row in x.reshape(-1, K)]).view(*x.shape[:-1], N)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [N, K]; only for a matrix that was not repacked."""
+        if bitsandbytes() is None:
+            return NF4(self.block_size, False).decode(
+                QuantizedTensor(self.shape, self.codes, self.absmax, block_size=self.block_size), dtype
+            )
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            self.codes, self.absmax, self.block_size, "nf4", self.shape, dtype
+        )

@@ -1,0 +1,13 @@
+"""y = x W^T through a float32 copy of W."""
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.tensors import QuantizedTensor
+
+
+def linear(x: Tensor, parts: list[QuantizedTensor]) -> Tensor:
+    """x [..., K] times the rows of all `parts`, float32 [..., N]."""
+    weight = torch.cat([NF4(q.block_size, q.nested_absmax is not None).decode(q) for q in parts])
+    return torch.nn.functional.linear(x.float(), weight)

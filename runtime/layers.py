@@ -1,0 +1,72 @@
+"""The small modules that everything else is made of."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minibble.quantize.nf4 import decode_rows
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.kernels.linear4 import Packed, Weight, linear
+
+
+class Linear(nn.Module):
+    """y = x W^T, W [N, K] as a tensor (`weight`) or in 4 bits (`packed`)."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.shape = (rows, columns)
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(rows, columns, device="meta"))
+        self.packed: Packed | None = None
+
+    def set_packed(self, packed: Packed) -> None:
+        """Hold the matrix in 4 bits."""
+        assert packed.shape == self.shape, f"{packed.shape} in the place of {self.shape}"
+        self.weight, self.packed = None, packed
+
+    @property
+    def held(self) -> Weight:
+        """The matrix, whichever way it is held."""
+        held = self.weight if self.packed is None else self.packed
+        assert held is not None
+        return held
+
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return linear(x, self.held, out_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in float32; the result is float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()  # torch's own rms_norm takes three times as long for one token on a CPU
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def residual(x: Tensor, alpha: float, y: Tensor, beta: float) -> Tensor:
+    """alpha x + beta y."""
+    return torch.add(y if beta == 1 else beta * y, x, alpha=alpha)
+
+
+class Embedding(nn.Module):
+    """Rows of a table [V, D], held as a tensor or in 4 bits; looked up in `dtype`."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(rows, columns, device="meta"))
+        self.packed: QuantizedTensor | None = None
+
+    def set_packed(self, packed: QuantizedTensor) -> None:
+        """Hold the table in 4 bits."""
+        self.weight, self.packed = None, packed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.packed is not None:
+            return decode_rows(self.packed, ids).to(self.dtype)
+        assert self.weight is not None
+        return F.embedding(ids, self.weight).to(self.dtype)

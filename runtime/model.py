@@ -1,0 +1,232 @@
+"""MiniMax-Text-01 and M1: structure and mathematics, presented as a transformers model.
+
+Array axes: B batch, T new tokens, L tokens with the past, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from minibble.quantize.config import ModelConfig
+from minibble.runtime.attention import Context, LightningAttention, SoftmaxAttention, rotations
+from minibble.runtime.layers import Embedding, Linear, RMSNorm, residual
+from minibble.runtime.layout import layout
+from minibble.runtime.masks import attention_mask_2d, visible
+from minibble.runtime.moe import MoE
+from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan, plan_memory
+from minibble.runtime.state import HybridState
+
+
+class RuntimeConfig(PretrainedConfig):
+    """What transformers' generation wants to know of the model; the whole config is `minibble`."""
+
+    model_type = "minibble"
+
+
+class Layer(nn.Module):
+    """h = a x + b attention(x), x = norm(h); y = a' z + b' moe(z), z = norm(h). The residual is the normed input."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        lightning = config.attention[index] == "lightning"
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = LightningAttention(config, index) if lightning else SoftmaxAttention(config, index)
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe = MoE(config)
+        self.alpha = config.lightning_alpha if lightning else config.softmax_alpha
+        self.beta = config.lightning_beta if lightning else config.softmax_beta
+        self.mlp_alpha, self.mlp_beta = config.mlp_alpha, config.mlp_beta
+
+    def forward(self, h_BTD: Tensor, context: Context) -> Tensor:
+        x = self.input_norm(h_BTD).to(h_BTD.dtype)
+        h = residual(x, self.alpha, self.attention(x, context), self.beta)
+        y = self.post_norm(h).to(h.dtype)
+        return residual(y, self.mlp_alpha, self.moe(y), self.mlp_beta)
+
+
+class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
+    """The language model. Made by `minibble.load`; weights may be 4-bit, the mathematics here does not know.
+
+    `prefill_chunk` bounds the tokens that one pass through the layers takes; longer inputs go in pieces.
+    `checkpoint` and its `tokenizer` are there if it was loaded from one; `unused_ids` are never generated.
+    """
+
+    config_class = RuntimeConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__(_runtime_config(config, dtype))
+        self.minibble = config
+        self.prefill_chunk = PREFILL_CHUNK
+        self.tokenizer: Any = None
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.vocab_size, config.hidden_size)
+        self.unused_ids: Tensor | None = None
+        self.checkpoint: Any = None
+
+    @classmethod
+    def random(cls, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> "MiniMaxForCausalLM":
+        """A trainable model with normal weights of deviation 0.02 and unit norms."""
+        model = cls(config, dtype)
+        generator = torch.Generator().manual_seed(seed)
+        exact = {model.head, *(module.router for module in model.modules() if isinstance(module, MoE))}
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if isinstance(module, RMSNorm):
+                    value = torch.ones(parameter.shape)
+                else:
+                    value = torch.empty(parameter.shape).normal_(0, 0.02, generator=generator)
+                    value = value if module in exact else value.to(dtype)
+                setattr(module, name, nn.Parameter(value))
+        return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the activations."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first layer, where token ids go."""
+        return self.norm.weight.device
+
+    def memory_plan(self, context: int, batch: int = 1) -> MemoryPlan:
+        """What `batch` sequences of `context` tokens take, predicted; only for a model loaded from a checkpoint."""
+        assert self.checkpoint is not None, "the model was not loaded from a checkpoint"
+        return plan_memory(
+            self.checkpoint, self.device, self.dtype, context=context, batch=batch, prefill_chunk=self.prefill_chunk
+        )
+
+    def memory_report(self, context: int = 4096, batch: int = 1) -> dict[str, Any]:
+        """The plan beside what is measured: bytes of the weights held and, on a GPU, the most allocated so far."""
+        modules = [module for module in self.modules() if isinstance(module, Linear | Embedding)]
+        packed = sum(module.packed.nbytes for module in modules if module.packed is not None)
+        measured: dict[str, Any] = {"weights_bytes": packed + sum(weight.nbytes for weight in self.parameters())}
+        if self.device.type == "cuda":
+            measured["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return {"predicted": self.memory_plan(context, batch).to_json(), "measured": measured}
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The inventory's tensors as views of the model's, for a model without 4-bit weights."""
+        for name, place in layout(self.minibble).items():
+            weight = self.get_submodule(place.module).weight
+            assert isinstance(weight, Tensor), f"{name} is not held as a tensor"
+            yield name, weight[place.start : place.stop]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridState | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **ignored: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, float32 [B, T, V], of the tokens `input_ids` [B, T], or of the last `logits_to_keep` alone.
+
+        `attention_mask` [B, L] or [B, T] is 0 at padding, which may stand on either side. `past_key_values` is the
+        state that earlier tokens left and is updated; without one, `use_cache=True` starts it.
+        """
+        state = past_key_values
+        if state is not None and not isinstance(state, HybridState):
+            raise TypeError(f"past_key_values is a {type(state).__name__}, expected a HybridState")
+        pieces = -(-input_ids.shape[1] // self.prefill_chunk)
+        if state is None and (use_cache or pieces > 1):
+            state = HybridState(self.minibble, reserve=input_ids.shape[1])
+        past = 0 if state is None else state.length
+        mask = attention_mask_2d(attention_mask, past, input_ids, None if state is None else state.valid)
+        positions = _positions(position_ids, mask, past, input_ids)
+        hidden = []
+        for start in range(0, input_ids.shape[1], self.prefill_chunk):
+            part = slice(start, start + self.prefill_chunk)
+            ids = input_ids[:, part]
+            seen = None if mask is None else mask[:, : past + start + ids.shape[1]]
+            with torch.inference_mode(not torch.is_grad_enabled()):  # a tenth less time a token on CPUs
+                h = self._layers(ids, positions[:, part], seen, state)
+            hidden.append(h[:, -logits_to_keep:] if logits_to_keep else h)
+        h = (torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0])[:, -logits_to_keep:]
+        logits = self.head(h, out_dtype=torch.float32)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=state if use_cache is not False else None)
+
+    def _layers(self, ids: Tensor, positions: Tensor, mask: Tensor | None, state: HybridState | None) -> Tensor:
+        """The normed hidden states [B, T, D] of one piece of the input."""
+        past, T = (0 if state is None else state.length), ids.shape[1]
+        cos, sin = rotations(self.minibble, positions)
+        valid = None if mask is None else mask[:, past:]
+        context = Context(cos, sin, valid, visible(mask, past, T, ids.device), state)
+        h = self.embedding(ids)
+        for layer in self.layers:
+            h = layer(h, context)
+        if state is not None:
+            state.advance(T, mask)
+        return self.norm(h).to(h.dtype)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HybridState(self.minibble, reserve=max_cache_length)
+        return False
+
+    @torch.no_grad()
+    def generate(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:  # type: ignore[override, misc]
+        """transformers' `generate`, never choosing an id whose row of the head is all zero."""
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.unused_ids is not None and len(self.unused_ids):
+            processors.insert(0, _Never(self.unused_ids))
+        return GenerationMixin.generate(self, *args, logits_processor=processors, **kwargs)  # type: ignore[misc, arg-type]
+
+
+class _Never(LogitsProcessor):
+    """Makes the probability of `ids` zero."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(-1, self.ids.to(scores.device), float("-inf"))
+
+
+def _positions(position_ids: Tensor | None, mask: Tensor | None, past: int, input_ids: Tensor) -> Tensor:
+    """Positions [B or 1, T] of the new tokens: those given, or the count of real tokens before each."""
+    T = input_ids.shape[1]
+    if position_ids is not None:
+        return position_ids.reshape(-1, position_ids.shape[-1])[:, -T:]
+    if mask is None:
+        return torch.arange(past, past + T, device=input_ids.device)[None]
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+def _runtime_config(config: ModelConfig, dtype: torch.dtype) -> RuntimeConfig:
+    eos = config.eos_token_id
+    known: dict[str, Any] = {
+        "architectures": ["MiniMaxForCausalLM"],
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": config.pad_token_id,
+        "tie_word_embeddings": False,
+        "is_decoder": True,
+        "use_cache": True,
+    }
+    return RuntimeConfig(**known)

@@ -1,0 +1,128 @@
+"""What running a model takes on its device, decided before anything is allocated: pure arithmetic.
+
+The workspace counts the largest things alive at once on the paths of `runtime/kernels/`: on CUDA a decoded matrix
+with its products, or the float32 work of lightning attention, whichever is more.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from minibble.quantize.config import ModelConfig
+from minibble.quantize.errors import BudgetError
+from minibble.quantize.inventory import TensorSpec
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.sizes import binary, decimal
+from minibble.quantize.tensors import NESTED_BLOCK
+from minibble.runtime.footprint import kv_cache_bytes, state_bytes
+
+PREFILL_CHUNK = 1024  # tokens that go through the layers at a time
+CUBLAS_NBYTES = 32 << 20  # what cuBLAS takes for itself on Hopper through torch's allocator
+
+
+class Source(Protocol):
+    """What the plan reads of a checkpoint: its inventory, and which tensors are 4-bit in which format."""
+
+    config: ModelConfig
+    inventory: tuple[TensorSpec, ...]
+    quantized: frozenset[str]
+    format: NF4 | None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on `device` for `batch` sequences of `context` tokens."""
+
+    device: str
+    dtype: str
+    context: int
+    batch: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    state_bytes: int
+    workspace_bytes: int
+    budget_bytes: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_cache_bytes + self.state_bytes + self.workspace_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field and the total."""
+        return asdict(self) | {"total_bytes": self.total_bytes}
+
+    def check(self) -> None:
+        """Raise BudgetError if the total is over the budget."""
+        if self.budget_bytes is not None and self.total_bytes > self.budget_bytes:
+            short = self.total_bytes - self.budget_bytes
+            raise BudgetError(
+                f"{self.device} needs {decimal(self.total_bytes)} ({binary(self.total_bytes)}) for a context of "
+                f"{self.context} tokens: {decimal(short)} more than the {decimal(self.budget_bytes)} allowed; allow "
+                "more, or take a smaller context"
+            )
+
+
+def plan_memory(
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    context: int,
+    batch: int = 1,
+    prefill_chunk: int = PREFILL_CHUNK,
+    budget_bytes: int | None = None,
+) -> MemoryPlan:
+    """The plan for running `source` on one `device` with activations of `dtype`."""
+    return MemoryPlan(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        context=context,
+        batch=batch,
+        weights_bytes=sum(resident_nbytes(spec, source, device, dtype) for spec in source.inventory),
+        kv_cache_bytes=kv_cache_bytes(source.config, context, batch, dtype.itemsize),
+        state_bytes=state_bytes(source.config, batch),
+        workspace_bytes=workspace_nbytes(source, device, dtype, batch * min(context, prefill_chunk)),
+        budget_bytes=budget_bytes,
+    )
+
+
+def resident_nbytes(spec: TensorSpec, source: Source, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that `spec` takes once loaded."""
+    if spec.name in source.quantized and source.format is not None:
+        blocks = -(-spec.numel // source.format.block_size)
+        nested = source.format.double_quant and (device.type == "cuda" or spec.role == "embedding")
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) if nested else 4 * blocks
+        return -(-spec.numel // 2) + scales
+    return spec.numel * held_dtype(spec, device, dtype).itemsize
+
+
+def held_dtype(spec: TensorSpec, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """dtype in which an unquantized tensor is held: that of the activations, but float32 for routers and norms,
+    and for the head on CPUs, which have no product of 16-bit matrices with unrounded sums."""
+    if spec.role in ("norm", "router") or (spec.role == "head" and device.type == "cpu"):
+        return torch.float32
+    return dtype
+
+
+def workspace_nbytes(source: Source, device: torch.device, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of temporary tensors while `tokens` go through a layer at once."""
+    config = source.config
+    HK, D = config.num_attention_heads * config.head_dim, config.hidden_size
+    projected = tokens * 4 * HK * dtype.itemsize
+    hidden = 3 * tokens * D * dtype.itemsize
+    lightning = projected + tokens * HK * 4 * (6 + 3 + 2)  # float32: qkv twice, blocks' copies, outputs
+    products = projected + max((rows * columns * dtype.itemsize for rows, columns in _products(source)), default=0)
+    fixed = CUBLAS_NBYTES if device.type == "cuda" else 0
+    return fixed + hidden + max(lightning, products)
+
+
+def _products(source: Source) -> Iterable[tuple[int, int]]:
+    """Shapes of the 4-bit matrices that are decoded whole."""
+    config = source.config
+    HK, D, F = config.num_attention_heads * config.head_dim, config.hidden_size, config.intermediate_size
+    if source.quantized:
+        yield from ((4 * HK, D), (D, HK), (2 * F, D), (D, F))
+    if any(spec.role == "head" and spec.name in source.quantized for spec in source.inventory):
+        yield (config.vocab_size, D)

@@ -1,0 +1,137 @@
+"""Where every byte of a model goes: in a checkpoint on disk, or in each format before anything is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minibble.quantize.builtin import BUILTIN, DEMO, builtin_config, resolve_source
+from minibble.quantize.config import ModelConfig
+from minibble.quantize.errors import ConfigError
+from minibble.quantize.folder import CONFIG, JOURNAL
+from minibble.quantize.inventory import active_parameters
+from minibble.runtime.footprint import (
+    FORMAT_NAMES,
+    Footprint,
+    footprint,
+    kv_cache_bytes,
+    parameters_by_part,
+    state_bytes,
+    sum_parts,
+)
+
+STORED = "stored"
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a model weighs. Sizes in bytes; `weights` is what the totals speak of, `formats` what else it could be.
+
+    `weights` are the tensors on disk when the target is a checkpoint (`stored`), else those of the asked format.
+    """
+
+    target: str
+    config: ModelConfig
+    stored: bool
+    weights: Footprint
+    formats: Mapping[str, Footprint]
+    context: int
+    batch: int
+    kv_cache_bytes: int
+    state_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return self.weights.parameters
+
+    @property
+    def running_bytes(self) -> int:
+        """Weights, KV cache and state together; activations and workspace not counted."""
+        return self.weights.total_bytes + self.kv_cache_bytes + self.state_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, with the keys that other programs may rely on."""
+        return {
+            "target": self.target,
+            "model_type": self.config.model_type,
+            "parameters": self.parameters,
+            "active_parameters": active_parameters(self.config),
+            "parameters_by_part": parameters_by_part(self.config),
+            "attention": list(self.config.attention),
+            "layers": {kind: self.config.attention.count(kind) for kind in ("lightning", "softmax")},
+            "stored": self.stored,
+            "format": self.weights.format,
+            **_numbers(self.weights),
+            "formats": {name: _numbers(weights) for name, weights in self.formats.items()},
+            "context": self.context,
+            "batch": self.batch,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "state_bytes": self.state_bytes,
+            "running_bytes": self.running_bytes,
+        }
+
+
+def _numbers(weights: Footprint) -> dict[str, Any]:
+    return {
+        "total_bytes": weights.total_bytes,
+        "bits_per_weight": weights.bits_per_weight,
+        "parts": dict(weights.parts),
+    }
+
+
+def memory_report(
+    target: str | Path, *, context: int = 8192, batch: int = 1, format: str | None = None
+) -> MemoryReport:
+    """Report on a checkpoint folder, a `config.json` (or a folder with only that), or a built-in name.
+
+    A checkpoint is reported as it lies on disk, to the byte, unless `format` asks what it would be in another.
+    Without weights, `format` is `nf4-dq` by default; see `footprint.FORMAT_NAMES`. `context` is in tokens per
+    sequence, `batch` in sequences. ConfigError or CheckpointError say what is wrong with the target.
+    """
+    if context < 0 or batch < 1:
+        raise ConfigError(f"context {context} and batch {batch} must be at least 0 and 1")
+    config, stored = _examine(target)
+    if format is not None or stored is None:
+        weights = footprint(config, format or "nf4-dq")
+    else:
+        weights = stored
+    return MemoryReport(
+        target=str(target),
+        config=config,
+        stored=weights is stored,
+        weights=weights,
+        formats={name: footprint(config, name) for name in FORMAT_NAMES},
+        context=context,
+        batch=batch,
+        kv_cache_bytes=kv_cache_bytes(config, context, batch),
+        state_bytes=state_bytes(config, batch),
+    )
+
+
+def _examine(target: str | Path) -> tuple[ModelConfig, Footprint | None]:
+    """The target's config, and its bytes on disk if it has weights."""
+    path = resolve_source(target)
+    if path.is_dir():
+        bare = not any(".safetensors" in entry.name or entry.name == JOURNAL for entry in path.iterdir())
+        if bare and (path / CONFIG).is_file():
+            return ModelConfig.from_file(path / CONFIG), None
+        return _stored(path)
+    if path.is_file():
+        return ModelConfig.from_file(path), None
+    if str(target) in BUILTIN:
+        return builtin_config(str(target)), None
+    names = ", ".join((*BUILTIN, DEMO))
+    raise ConfigError(f"'{target}' is no checkpoint folder, no config.json and no built-in model ({names})")
+
+
+def _stored(path: Path) -> tuple[ModelConfig, Footprint]:
+    from minibble.quantize.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    specs = checkpoint.inventory
+    weights = Footprint(
+        format=checkpoint.format.name if checkpoint.format is not None else "16-bit",
+        parameters=sum(spec.numel for spec in specs),
+        parts=sum_parts(specs, checkpoint.stored_nbytes),
+    )
+    return checkpoint.config, weights
