@@ -1,0 +1,45 @@
+"""`minibble doctor`."""
+
+import pytest
+
+from minibble.cli import doctor
+
+
+def test_json(cli_json) -> None:
+    found = cli_json("doctor")
+    assert found["ok"]
+    assert found["packages"]["torch"]
+    assert found["problems"] == []
+    assert found["memory_bytes"] > 0
+    assert found["cpu"]["cores"] >= 1
+    assert found["can"]
+
+
+def test_table(cli) -> None:
+    result = cli("doctor")
+    assert result.exit_code == 0
+    assert all(word in result.stdout for word in ("Python", "torch", "CPU", "memory", "GPU", "can quantize"))
+
+
+def test_missing_package_that_is_needed(cli, monkeypatch) -> None:
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "transformers" else version(name))
+    result = cli("doctor")
+    assert result.exit_code == 1
+    assert "transformers is missing: pip install transformers" in result.stdout
+
+
+def test_missing_package_that_is_useful(cli, cli_json, monkeypatch) -> None:
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "bitsandbytes" else version(name))
+    assert cli_json("doctor")["packages"]["bitsandbytes"] is None
+    assert "pip install 'minibble[cpu]'" in cli("doctor").stdout
+
+
+@pytest.mark.parametrize(("gpu", "whole"), [(80e9, False), (300e9, True)])
+def test_what_fits_a_gpu(gpu: float, whole: bool) -> None:
+    findings = doctor.Findings("3", {}, {}, memory_bytes=1, disk_free_bytes=1)
+    findings.gpus = [{"memory_bytes": int(gpu)}]
+    doctor._judge(findings)
+    assert any("GPU memory" in text for text in findings.can) == whole
+    assert any("GPU memory" in text for text in findings.cannot) != whole
