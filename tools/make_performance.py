@@ -1,0 +1,145 @@
+"""Write docs/performance.md from benchmarks/results/*.json; `--check` only says whether it is up to date.
+
+python tools/make_performance.py [--check]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+HEAD = """# Performance
+
+*Made by `python tools/make_performance.py` from `benchmarks/results/`; do not edit.*
+
+Every script in `benchmarks/` checks that what it measures is right before it measures it, and writes its figures with
+the hardware and the versions to `benchmarks/results/`.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, quality(), quantize_gpu(), run_gpu(), quantize_cpu(), decode_cpu(), rest()])
+
+
+def quality() -> str:
+    r = read("quality")
+    rows = [
+        [name, f"{r[name]['kl']:.5f}", f"{r[name]['top1_agreement']:.2%}", f"{r[name]['perplexity']:.3f}"]
+        for name in ("minibble", "bitsandbytes")
+    ]
+    text = (
+        f"`benchmarks/quality.py`: {r['source']}, a trained model of 24.7 M parameters, {r['matrices']} matrices in "
+        f"NF4 with double quantization, {r['minibble']['tokens']:,} tokens; the source's perplexity is "
+        f"{r['minibble']['source_perplexity']:.3f}. bitsandbytes decodes our files to the same bits; its own scales "
+        "are rounded a little differently."
+    )
+    return section("Quality of rounding to nearest", text, ["", "KL to the source, nats", "top-1", "perplexity"], rows)
+
+
+def quantize_gpu() -> str:
+    r = read("quantize_gpu")
+    layer = r["layer_GB_per_s"]
+    rows = [
+        ["encode", f"{layer['encode']:.0f}"],
+        ["with the finite check and the error of each matrix", f"{layer['encode_checked']:.0f}"],
+        ["and packed in host memory", f"{layer['to_host']:.0f}"],
+    ]
+    text = (
+        f"`benchmarks/quantize_gpu.py`, {r['hardware']['gpu']}: the matrices of a real lightning layer, bfloat16 on "
+        f"the device; memory reads at {r['read_GB_per_s']:.0f} GB/s in the same run."
+    )
+    return section("Quantizing on a GPU", text, ["", "GB/s of 16-bit source"], rows)
+
+
+def run_gpu() -> str:
+    r = read("run_gpu")
+    rows = [
+        ["predicted / measured peak", f"{r['predicted_bytes'] / 1e9:.3f} / {r['peak_gpu_bytes'] / 1e9:.3f} GB"],
+        ["decode, batch 1", f"{r['decode_tokens_per_s']:.0f} tokens/s"],
+        ["float32 logits against the reference kernels", f"{r['logits_error']:.1e}"],
+    ]
+    text = (
+        f"`benchmarks/run_gpu.py`, {r['gpu']}: `minibble run` of {r['layers']} layers of the real size (one lightning, "
+        f"one softmax) with embedding and head, {r['checkpoint_bytes'] / 1e9:.1f} GB, prompt of {r['prompt_tokens']} "
+        "tokens. Matrices are decoded by one Triton kernel and multiplied by cuBLAS; fused kernels are to come."
+    )
+    return section("Running on a GPU, plain path", text, ["", ""], rows)
+
+
+def quantize_cpu() -> str:
+    r = read("quantize_cpu")
+    rows = [
+        [name, f"{1000 * r['GB_per_s'][key]:.0f}", f"{r['GB_per_s'][key] / r['GB_per_s']['bitsandbytes']:.2f}"]
+        for name, key in (
+            ("bitsandbytes, quantize_4bit alone", "bitsandbytes"),
+            ("minibble, encode alone", "encode"),
+            ("minibble, end to end", "end_to_end"),
+        )
+    ]
+    text = (
+        f"`benchmarks/quantize_cpu.py`, {r['hardware']['cpu']}, {r['hardware']['threads']} threads: {r['matrices']} "
+        "small matrices; end to end reads, checks, encodes, measures the error, hashes and writes."
+    )
+    return section("Quantizing on a CPU", text, ["", "MB/s of 16-bit source", "of bitsandbytes"], rows)
+
+
+def decode_cpu() -> str:
+    runs = [(name, read(name)) for name in ("decode_cpu_avx512bf16", "decode_cpu", "decode_cpu_1thread")]
+    keys = ("minibble nf4", "transformers bf16", "transformers float32", "minibble 16-bit weights, float32")
+    rows = [
+        [
+            f"{'AVX512-BF16' if 'avx512_bf16' in r['machine']['features'] else 'AVX2 only'}, "
+            f"{r['machine']['threads']} threads, path `{r['machine']['nf4_path']}`",
+            *(f"{r['tokens_per_s'][key]:.0f}" for key in keys),
+            f"{r['nf4_over_transformers_bf16']:.2f}",
+        ]
+        for _, r in runs
+    ]
+    text = (
+        "`benchmarks/decode_cpu.py`: greedy decoding of the same model, batch 1, tokens per second. On CPUs with "
+        "AVX512-BF16 bitsandbytes multiplies from the codes, elsewhere our compiled loop does."
+    )
+    return section("Decoding on a CPU", text, ["", *keys, "NF4 over transformers bf16"], rows)
+
+
+def rest() -> str:
+    kills, imports = read("kill_resume"), read("import_time")
+    rows = [
+        [
+            "`benchmarks/kill_resume.py`",
+            f"{kills['identical']} of {len(kills['trials'])} killed jobs ended byte-identical",
+        ],
+        ["`benchmarks/import_time.py`", f"`import minibble` takes {1000 * imports['import_s']:.0f} ms"],
+    ]
+    return section("Other claims", "", ["", ""], rows)
+
+
+def section(title: str, text: str, head: list[str], rows: list[list[str]]) -> str:
+    """A heading, a paragraph and a table."""
+    lines = [f"## {title}", "", *([text, ""] if text else [])]
+    lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = render()
+    if not parser.parse_args().check:
+        TARGET.write_text(text)
+    elif not TARGET.exists() or TARGET.read_text() != text:
+        sys.exit(f"{TARGET.name} is out of date: run python tools/make_performance.py")
+
+
+if __name__ == "__main__":
+    main()
