@@ -7,6 +7,7 @@ import traceback
 
 import click
 
+from minibble import __version__
 from minibble.cli import demo, doctor, evaluate, quantize, report, run, verify
 from minibble.cli.options import DEBUG, debug_option
 from minibble.cli.output import describe, note
@@ -51,7 +52,7 @@ def _tell(ctx: click.Context, error: BaseException, message: str) -> None:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Sizes are written 228GB (1e9) or 228GiB (2^30). Every command has --json and --help.",
 )
-@click.version_option(package_name="minibble", prog_name="minibble", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="minibble", message="%(prog)s %(version)s")
 @debug_option
 def main() -> None:
     """4-bit MiniMax-Text-01 and M1: quantize, measure and run 456 B parameters in a chosen amount of memory."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibble.quantize.config import ModelConfig
-from minibble.runtime.kernels.lightning import lightning
+from minibble.runtime.kernels.lightning import gated
 from minibble.runtime.layers import Linear, RMSNorm
 from minibble.runtime.state import HybridState
 
@@ -66,17 +66,12 @@ class LightningAttention(nn.Module):
         self.slopes = decay_slopes(config, layer)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        B, T, _ = x_BTD.shape
-        HK = self.heads * self.head_dim
-        projected = self.in_proj(x_BTD)
-        qkv = F.silu(projected[..., : 3 * HK].float()).view(B, T, self.heads, 3 * self.head_dim)
-        if context.valid_BT is not None:
-            qkv = qkv * context.valid_BT[:, :, None, None]
-        q, k, v = qkv.split(self.head_dim, dim=-1)
-        o_BTHK, state = lightning(q, k, v, self._slopes_on(x_BTD), self._state(x_BTD, context), context.valid_BT)
+        o, state = gated(
+            self.in_proj(x_BTD), self._slopes_on(x_BTD), self._state(x_BTD, context),
+            self.norm.weight, self.norm.eps, context.valid_BT,
+        )  # fmt: skip
         if context.state is not None:
             context.state.lightning[self.layer] = state
-        o = self.norm(o_BTHK.reshape(B, T, HK)) * torch.sigmoid(projected[..., 3 * HK :].float())
         return self.out_proj(o.to(x_BTD.dtype))
 
     def _slopes_on(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from minibble.quantize.nf4 import decode_rows
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import Packed, Weight, linear
+from minibble.runtime.kernels.norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -43,8 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()  # torch's own rms_norm takes three times as long for one token on a CPU
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def residual(x: Tensor, alpha: float, y: Tensor, beta: float) -> Tensor:

@@ -28,9 +28,9 @@ class MoE(nn.Module):
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts [N, A] and their weights, float32 [N, A]."""
-        probabilities = self.router(x_ND.float()).softmax(dim=-1)
-        weights, ids = probabilities.topk(self.active, dim=-1)
-        return ids, weights / weights.sum(dim=-1, keepdim=True)
+        # A softmax over all experts, its A largest made to sum to 1, is the softmax over those A.
+        logits, ids = self.router(x_ND.float()).topk(self.active, dim=-1)
+        return ids, logits.softmax(dim=-1)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])

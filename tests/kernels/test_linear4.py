@@ -63,7 +63,7 @@ def test_cpu_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, double_quant:
     x = torch.randn(3, 128)
     monkeypatch.setattr(cpu_path, "bitsandbytes", lambda: None)
     monkeypatch.setattr(cpu_path, "has_fused", lambda: False)
-    monkeypatch.setattr(cpu_path.gemv, "available", lambda: False)
+    monkeypatch.setattr(cpu_path, "available", lambda: False)
     assert cpu_path.path() == "torch"
     packed = prepare(held, torch.device("cpu"), torch.float32)
     assert relative(packed(x, torch.float32), reference.linear(x, held)) < 1e-6

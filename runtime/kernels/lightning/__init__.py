@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minibble.runtime.kernels import reference_forced
+from minibble.runtime.kernels.compiled import available
 from minibble.runtime.kernels.lightning import blocked, reference
+from minibble.runtime.kernels.norm import rms_norm
 
 
 def lightning(
@@ -22,3 +25,30 @@ def lightning(
         o_BHK, state_BHKK = blocked.step(q_BTHK[:, 0], k_BTHK[:, 0], v_BTHK[:, 0], slope_H, state_BHKK)
         return o_BHK.unsqueeze(1), state_BHKK
     return blocked.prefill(q_BTHK, k_BTHK, v_BTHK, slope_H, state_BHKK, valid_BT)
+
+
+def gated(
+    projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, norm_HK: Tensor, eps: float, valid_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """rmsnorm(lightning(silu(q, k, v))) * sigmoid(gate), float32 [B, T, HK], and the state after the last token.
+
+    `projected_BTP` holds, head by head, q, k and v of every token, and then the gate: P = 4 HK. `norm_HK` is the
+    norm's weight, over all heads. `state_BHKK` may be overwritten; use the one returned.
+    """
+    B, T, P = projected_BTP.shape
+    H, K = state_BHKK.shape[1:3]
+    assert P == 4 * H * K
+    one = T == 1 and valid_BT is None and not torch.is_grad_enabled()
+    if one and not projected_BTP.is_cuda and available() and not reference_forced():
+        from minibble.runtime.kernels.lightning import compiled
+
+        state_BHKK = state_BHKK.contiguous()
+        projected = projected_BTP.reshape(B, P).float()
+        return compiled.decode(projected, torch.exp(-slope_H), state_BHKK, norm_HK, eps).unsqueeze(1), state_BHKK
+    qkv = F.silu(projected_BTP[..., : 3 * H * K].float()).view(B, T, H, 3 * K)
+    if valid_BT is not None:
+        qkv = qkv * valid_BT[:, :, None, None]
+    q, k, v = qkv.split(K, dim=-1)
+    o_BTHK, state_BHKK = lightning(q, k, v, slope_H, state_BHKK, valid_BT)
+    o = rms_norm(o_BTHK.reshape(B, T, H * K), norm_HK, eps)
+    return o * torch.sigmoid(projected_BTP[..., 3 * H * K :].float()), state_BHKK

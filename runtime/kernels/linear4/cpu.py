@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minibble.quantize.nf4 import NF4, decode_absmax
 from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.kernels.compiled import available
 from minibble.runtime.kernels.linear4 import gemv
 
 GEMV_TOKENS = 2  # from three tokens on, decoding once for all is quicker
@@ -39,7 +40,7 @@ def path() -> str:
     """The path that one token's products take here: `fused`, `gemv`, `decode` (bitsandbytes decodes) or `torch`."""
     if has_fused():
         return "fused"
-    if gemv.available():
+    if available():
         return "gemv"
     return "torch" if bitsandbytes() is None else "decode"
 
@@ -58,7 +59,7 @@ class PackedLinear:
         self.arrays: tuple[Any, Any] | None = None
         if dtype == torch.bfloat16 and has_fused() and N % 32 == 0 and K % 64 == 0:
             self._repack()
-        elif gemv.available() and gemv.suits(N, K, self.block_size):
+        elif available() and gemv.suits(N, K, self.block_size):
             self.arrays = self.codes.numpy(), self.absmax.numpy()
 
     def _repack(self) -> None:

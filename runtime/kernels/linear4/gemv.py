@@ -1,11 +1,9 @@
 """y = W x for single tokens on CPUs that have no better: a compiled loop that decodes as it multiplies.
 
-numba compiles it once per machine and keeps the result beside this file or in the user's cache. Four rows share the
-activations in registers; a byte of codes is one look-up in each of two tables of 256 levels, which stay in the L1
-cache. Float32 throughout, rounding in another order than a product with the decoded matrix.
+Four rows share the activations in registers; a byte of codes is one look-up in each of two tables of 256 levels, which
+stay in the L1 cache. Float32 throughout, rounding in another order than a product with the decoded matrix.
 """
 
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -15,15 +13,11 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.nf4 import codebook
+from minibble.runtime.kernels.compiled import compiled
 
 ROWS = 4  # rows at a time
 BLOCK = 64
 SPLIT = 1 << 22  # weights from which the rows are worth sharing among threads
-
-
-def available() -> bool:
-    """True where numba is installed."""
-    return importlib.util.find_spec("numba") is not None
 
 
 def suits(N: int, K: int, block_size: int) -> bool:
@@ -56,14 +50,6 @@ def levels() -> tuple[Any, Any]:
     """The levels of a byte's high and of its low nibble, float32 [256] each."""
     byte = torch.arange(256)
     return codebook()[byte >> 4].numpy(), codebook()[byte & 0xF].numpy()
-
-
-@cache
-def compiled(function: Any) -> Any:
-    """`function` compiled for this CPU; NaN and infinity keep their meaning."""
-    import numba
-
-    return numba.njit(cache=True, nogil=True, boundscheck=False, fastmath={"reassoc", "contract", "nsz"})(function)
 
 
 def rows(codes, absmax, high, low, x, y, start, stop):  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minibble.runtime.kernels.compiled import compiled
 from minibble.runtime.kernels.linear4 import gemv
 
 
@@ -23,10 +24,10 @@ def experts_of_one(x_D: Tensor, chosen: list[tuple[Any, Any]], weights_A: Tensor
     return torch.mv(y_AD.t(), weights_A)
 
 
-_rows = gemv.compiled(gemv.rows)
+_rows = compiled(gemv.rows)
 
 
-@gemv.compiled
+@compiled
 def _expert(gu_codes, gu_absmax, d_codes, d_absmax, high, low, x, hidden, y):  # type: ignore[no-untyped-def]
     F = hidden.size // 2
     _rows(gu_codes, gu_absmax, high, low, x, hidden, 0, 2 * F)
