@@ -47,6 +47,8 @@ def test_cpu(shapes: tuple[tuple[int, int], ...], M: int, dtype: torch.dtype, bo
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_shared_among_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     """Whatever the shares, every row is written once; N that is no multiple of the shares too."""
+    if not cpu_path.available():
+        pytest.skip("numba is not installed")
     monkeypatch.setattr(gemv, "SPLIT", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for N in (4, 36, 100):
