@@ -20,7 +20,8 @@ from torch import Tensor
 import minibble
 from minibble.quantize.job import to_host
 from minibble.quantize.measure import all_finite, relative_error
-from minibble.quantize.nf4 import NF4, decode_absmax
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.nf4_math import decode_absmax
 
 RESULT = Path(__file__).parent / "results" / "quantize_gpu.json"
 

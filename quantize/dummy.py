@@ -13,7 +13,8 @@ from minibble.quantize import sizes
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
 from minibble.quantize.manifest import build_manifest
-from minibble.quantize.nf4 import NF4, encode_absmax
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.nf4_math import encode_absmax
 from minibble.quantize.shards import plan_shards
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.quantize.writer import CheckpointWriter, Produced

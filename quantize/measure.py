@@ -7,7 +7,8 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from minibble.quantize.nf4 import NF4, decode_absmax, level_values
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.nf4_math import decode_absmax, level_values
 from minibble.quantize.parallel import spread
 from minibble.quantize.tensors import NESTED_BLOCK, QuantizedTensor
 

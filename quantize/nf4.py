@@ -1,13 +1,12 @@
-"""NF4: 4-bit codes on the quantiles of a normal distribution, one absmax per block of 64 weights.
+"""The format NF4: how matrices are encoded, decoded, and named and laid out in files.
 
-Paper: QLoRA (Dettmers et al., 2023), sections 3.1 and 3.2 (double quantization). Codes, scales and serialization
-are bitsandbytes' own: every tensor written here is decoded by bitsandbytes to the same bits.
+Serialization is bitsandbytes' own: every tensor written here is decoded by bitsandbytes to the same bits. The
+arithmetic is in nf4_math.py, the files are described in docs/format.md.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -15,52 +14,24 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.errors import CheckpointError, ConfigError
+from minibble.quantize.nf4_math import (
+    codebook,
+    decode_absmax,
+    dynamic_map,
+    encode_absmax,
+    encode_blocks,
+    level_values,
+    scale_blocks,
+)
 from minibble.quantize.parallel import spread
 from minibble.quantize.tensors import NESTED_BLOCK, QuantizedTensor
-
-# bitsandbytes' table, in float32 digits.
-CODEBOOK = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
 
 # The JSON beside each matrix is padded with spaces to this length, so that sizes are known beforehand.
 STATE_NBYTES = 192
 _STATE = "quant_state.bitsandbytes__nf4"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_CELLS = 64  # cells of the table in `nearest_levels`
 _CHUNK_CPU = 1 << 18  # weights a thread encodes at a time
 _CHUNK_GPU = 1 << 24  # weights: 64 MiB of float32 work
-
-
-@cache
-def codebook(device: torch.device | str = "cpu") -> Tensor:
-    """The 16 levels, float32 [16]."""
-    return torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
-
-
-@cache
-def _bounds(device: torch.device | str) -> Tensor:
-    levels = codebook(device)
-    return (levels[:-1] + levels[1:]) / 2
-
-
-@cache
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """bitsandbytes' signed 8-bit dynamic map, float32 [256], ascending.
-
-    Source: 8-Bit Approximations for Parallelism in Deep Learning (Dettmers, 2016): seven decades below 1, each
-    with twice as many fractions as the one before.
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        middles = (edges[:-1] + edges[1:]) / 2.0
-        for sign in (1, -1):
-            values += (sign * 10.0 ** (decade - 6) * middles).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -84,7 +55,7 @@ class NF4:
 
         def encode_from(start: int) -> None:
             part = flat[start : start + chunk]
-            codes_part, absmax_part = _encode_blocks(part, self.block_size)
+            codes_part, absmax_part = encode_blocks(part, self.block_size)
             codes[start // 2 : start // 2 + codes_part.numel()] = codes_part
             block = start // self.block_size
             absmax[block : block + absmax_part.numel()] = absmax_part
@@ -98,7 +69,7 @@ class NF4:
 
     def decode(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that `q` stands for, rounded once from float32 to `dtype`."""
-        return _scaled(level_values(q.codes), decode_absmax(q), q).to(dtype).reshape(q.shape)
+        return scale_blocks(level_values(q.codes), decode_absmax(q), q).to(dtype).reshape(q.shape)
 
     def stored(
         self, name: str, shape: tuple[int, ...], source_dtype: torch.dtype = torch.bfloat16
@@ -184,101 +155,6 @@ class NF4:
 
 
 FORMATS: dict[str, NF4 | None] = {"bf16": None, "nf4": NF4(double_quant=False), "nf4-dq": NF4()}
-
-
-def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Double quantization of absmax, float32 [blocks]: (uint8 [blocks], float32 [ceil(blocks/256)], offset)."""
-    offset = absmax.double().mean().float()
-    centred = absmax - offset
-    padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    nested = padded.abs().amax(dim=1)
-    scaled = (padded / nested.clamp(min=1e-38)[:, None]).reshape(-1)[: absmax.numel()]
-    levels = dynamic_map(absmax.device)
-    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-    return codes, nested, offset.item()
-
-
-def decode_absmax(q: QuantizedTensor) -> Tensor:
-    """The absmax of each block, float32 [blocks], in bitsandbytes' order of operations."""
-    if q.nested_absmax is None or q.nested_offset is None:
-        return q.absmax
-    nested = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: q.absmax.numel()]
-    return dynamic_map(q.device)[q.absmax.int()] * nested + q.nested_offset
-
-
-def decode_rows(q: QuantizedTensor, rows: Tensor) -> Tensor:
-    """Rows of `q` [N, K], int64 of any shape S: float32 [S, K]. K must be whole blocks."""
-    K = q.shape[1]
-    absmax = decode_absmax(q).view(q.shape[0], -1)[rows]
-    values = level_values(q.codes.view(-1, K // 2)[rows].reshape(-1))
-    blocks = values.reshape(*rows.shape, K // q.block_size, q.block_size)
-    return (blocks * absmax[..., None]).reshape(*rows.shape, K)
-
-
-def _encode_blocks(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes (two a byte) and absmax of consecutive blocks; the last block may be short."""
-    blocks = part
-    short = -blocks.numel() % block_size
-    if short:
-        blocks = torch.nn.functional.pad(blocks, (0, short))
-    blocks = blocks.view(-1, block_size)
-    absmax = _absmax(blocks)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).reshape(-1)[: part.numel() + part.numel() % 2]
-    # Two codes read as one little-endian int16: the first is the low byte and becomes the high nibble.
-    pair = nearest_levels(scaled).view(torch.int16)
-    return ((pair << 4) | (pair >> 8)).to(torch.uint8), absmax
-
-
-def _absmax(blocks: Tensor) -> Tensor:
-    """Largest magnitude of each row, float32; the way that is quicker on the device, one pass or three, by tenfold."""
-    if blocks.device.type == "cpu":
-        return blocks.float().abs().amax(dim=1)
-    return torch.linalg.vector_norm(blocks, ord=float("inf"), dim=1).float()
-
-
-def nearest_levels(scaled: Tensor) -> Tensor:
-    """Index of the level nearest to each value in [-1, 1], float32 [n]: uint8 [n]; ties go to the lower level."""
-    if scaled.device.type != "cpu":
-        return torch.bucketize(scaled, _bounds(scaled.device), out_int32=True).to(torch.uint8)
-    # A table of equal cells instead of a binary search, ten times as fast: the cell tells all bounds but one.
-    below, inside = _cells()
-    cell = scaled.add(1).mul_(_CELLS / 2).to(torch.int32).clamp_(0, _CELLS)  # NaN: any cell will do
-    codes = below.index_select(0, cell)
-    return codes.add_(torch.gt(scaled, inside.index_select(0, cell)).view(torch.uint8))
-
-
-@cache
-def _cells() -> tuple[Tensor, Tensor]:
-    """For each cell of [-1, 1]: how many bounds lie below it, uint8, and the one inside it, float32 (2 if none).
-
-    No cell holds two bounds, and none lies near a cell's edge, so that rounding in finding the cell does no harm.
-    """
-    bounds = _bounds("cpu")
-    cell = ((bounds + 1) * (_CELLS / 2)).int()
-    below = (cell[:, None] < torch.arange(_CELLS + 1)).sum(0).to(torch.uint8)
-    return below, torch.full((_CELLS + 1,), 2.0).scatter_(0, cell.long(), bounds)
-
-
-def level_values(codes: Tensor) -> Tensor:
-    """The levels that `codes`, uint8 [n], stand for, two a byte: float32 [2 n]."""
-    return _pairs(codes.device).index_select(0, codes.int()).view(torch.float32)
-
-
-@cache
-def _pairs(device: torch.device) -> Tensor:
-    """The two levels of each byte as one float64, [256]: a gather of 8 bytes is quicker than one of two 4s."""
-    byte = torch.arange(256, device=device)
-    pairs = torch.stack((codebook(device)[byte >> 4], codebook(device)[byte & 0xF]), dim=1)
-    return pairs.view(torch.float64).view(-1)
-
-
-def _scaled(values: Tensor, absmax: Tensor, q: QuantizedTensor) -> Tensor:
-    """`values` float32 (one more than N*K if that is odd) times the absmax of their blocks, float32 [N*K]."""
-    n = prod(q.shape)
-    whole = n - n % q.block_size
-    values[:whole].view(-1, q.block_size).mul_(absmax[: whole // q.block_size, None])
-    values[whole:].mul_(absmax[-1])
-    return values[:n]
 
 
 def _state_json(q: QuantizedTensor) -> Tensor:

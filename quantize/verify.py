@@ -15,7 +15,7 @@ from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.job import Progress
 from minibble.quantize.manifest import read_manifest
 from minibble.quantize.measure import all_finite, relative_error
-from minibble.quantize.nf4 import decode_absmax
+from minibble.quantize.nf4_math import decode_absmax
 from minibble.quantize.prefetch import ahead
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.quantize.writer import file_sha256

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minibble.quantize.nf4 import decode_rows
+from minibble.quantize.nf4_math import decode_rows
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import Packed, Weight, linear
 from minibble.runtime.kernels.norm import rms_norm

@@ -8,6 +8,7 @@ from torch import Tensor
 from minibble.quantize.errors import CheckpointError
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels import reference_forced
+from minibble.runtime.kernels.linear4.stored import StoredParts
 
 
 class Packed(Protocol):
@@ -21,16 +22,8 @@ class Packed(Protocol):
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor: ...
 
 
-class ReferencePacked:
+class ReferencePacked(StoredParts):
     """The reference path as a kernel: float32 throughout."""
-
-    def __init__(self, parts: list[QuantizedTensor]):
-        self.parts = parts
-        self.shape = (sum(q.shape[0] for q in parts), parts[0].shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(q.nbytes for q in self.parts)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         from minibble.runtime.kernels.linear4 import reference

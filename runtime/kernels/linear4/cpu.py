@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minibble.quantize.nf4 import NF4, decode_absmax
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.nf4_math import decode_absmax
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.compiled import available
 from minibble.runtime.kernels.linear4 import gemv

@@ -3,20 +3,12 @@
 import torch
 from torch import Tensor
 
-from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4.decode import decode_into
+from minibble.runtime.kernels.linear4.stored import StoredParts
 
 
-class PackedLinear:
-    """The rows of one or several NF4 matrices of one width, resident as they are stored."""
-
-    def __init__(self, parts: list[QuantizedTensor]):
-        self.parts = parts
-        self.shape = (sum(q.shape[0] for q in parts), parts[0].shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(q.nbytes for q in self.parts)
+class PackedLinear(StoredParts):
+    """A matrix resident as it is stored, double quantization included."""
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         weight = self.decode(x.dtype)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minibble.quantize.nf4 import codebook, dynamic_map
+from minibble.quantize.nf4_math import codebook, dynamic_map
 from minibble.quantize.tensors import NESTED_BLOCK, QuantizedTensor
 
 BLOCK_BYTES = 2048  # per program; the fastest of 512 to 4096 on an H200: 2.8 TB/s of bf16 written
@@ -37,16 +37,10 @@ def decode_into(out_NK: Tensor, q: QuantizedTensor) -> None:
     nested = q.nested_absmax is not None
     n_bytes = q.codes.numel()
     # No fused multiply-add: the scale is rounded after each step, as on every other path.
-    _decode_kernel[(triton.cdiv(n_bytes, BLOCK_BYTES),)](
-        q.codes, q.absmax, q.nested_absmax if nested else q.absmax, dynamic_map(q.device), codebook(q.device),
-        out_NK, q.nested_offset or 0.0, n_bytes,
-        BLOCK=BLOCK_BYTES, BYTES_PER_BLOCK=q.block_size // 2, NESTED=nested, NESTED_SIZE=NESTED_BLOCK,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def decode(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] in `dtype`."""
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    decode_into(out, q)
-    return out
+    with torch.cuda.device_of(out_NK):  # Triton launches on the current device
+        _decode_kernel[(triton.cdiv(n_bytes, BLOCK_BYTES),)](
+            q.codes, q.absmax, q.nested_absmax if nested else q.absmax, dynamic_map(q.device), codebook(q.device),
+            out_NK, q.nested_offset or 0.0, n_bytes,
+            BLOCK=BLOCK_BYTES, BYTES_PER_BLOCK=q.block_size // 2, NESTED=nested, NESTED_SIZE=NESTED_BLOCK,
+            enable_fp_fusion=False,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibble.quantize.nf4 import codebook
+from minibble.quantize.nf4_math import codebook
 from minibble.runtime.kernels.compiled import compiled
 
 ROWS = 4  # rows at a time
