@@ -71,9 +71,7 @@ class NF4:
         """The matrix [N, K] that `q` stands for, rounded once from float32 to `dtype`."""
         return scale_blocks(level_values(q.codes), decode_absmax(q), q).to(dtype).reshape(q.shape)
 
-    def stored(
-        self, name: str, shape: tuple[int, ...], source_dtype: torch.dtype = torch.bfloat16
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every tensor that `pack` writes for the matrix `name` of `shape` [N, K]."""
         n = prod(shape)
         blocks = -(-n // self.block_size)

@@ -5,6 +5,7 @@ R rotated features. Both project through one matrix whose rows are their inputs'
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minibble.quantize.config import ModelConfig
 from minibble.runtime.kernels.lightning import gated
 from minibble.runtime.layers import Linear, RMSNorm
-from minibble.runtime.state import HybridState
+from minibble.runtime.state import HybridState, empty_lightning_state
 
 LIGHTNING_NORM_EPS = 1e-6  # fixed in the original code, whatever the config says of the other norms
 
@@ -57,9 +58,8 @@ class LightningAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        HK = self.heads * self.head_dim
+        self.config, self.layer = config, layer
+        HK = config.num_attention_heads * config.head_dim
         self.in_proj = Linear(4 * HK, config.hidden_size)  # qkv_proj, output_gate
         self.out_proj = Linear(config.hidden_size, HK)
         self.norm = RMSNorm(HK, LIGHTNING_NORM_EPS)
@@ -83,8 +83,7 @@ class LightningAttention(nn.Module):
     def _state(self, x_BTD: Tensor, context: Context) -> Tensor:
         if context.state is not None:
             return context.state.lightning_state(self.layer, x_BTD.shape[0], x_BTD.device)
-        H, K = self.heads, self.head_dim
-        return torch.zeros(x_BTD.shape[0], H, K, K, dtype=torch.float32, device=x_BTD.device)
+        return empty_lightning_state(self.config, x_BTD.shape[0], x_BTD.device)
 
 
 class SoftmaxAttention(nn.Module):
@@ -120,15 +119,14 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) 
         scores = torch.matmul(q, k_BGLK.transpose(-1, -2)).float()
         scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
         return torch.matmul(scores.softmax(-1).to(q.dtype), v_BGLK).flatten(1, 2).unsqueeze(2)
-    if not q_BHTK.is_cuda:
-        return F.scaled_dot_product_attention(
-            q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
-        )
-    # Without cuDNN: with it among the choices a decode step of two layers took 63 ms, 2 of them on the GPU, it seems
-    # because it plans anew for every length. Of the others only math takes a mask with groups.
-    if mask is not None and groups > 1:
-        k_BGLK, v_BGLK, groups = k_BGLK.repeat_interleave(groups, 1), v_BGLK.repeat_interleave(groups, 1), 1
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    backends: AbstractContextManager[None] = nullcontext()
+    if q_BHTK.is_cuda:
+        # Without cuDNN: with it among the choices a decode step of two layers took 63 ms, 2 of them on the GPU, it
+        # seems because it plans anew for every length. Of the others only math takes a mask with groups.
+        backends = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        if mask is not None and groups > 1:
+            k_BGLK, v_BGLK, groups = k_BGLK.repeat_interleave(groups, 1), v_BGLK.repeat_interleave(groups, 1), 1
+    with backends:
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
         )

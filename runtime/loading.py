@@ -108,7 +108,7 @@ def _zero_rows(head: Tensor | QuantizedTensor) -> Tensor:
     if isinstance(head, QuantizedTensor):
         zero = (head.codes.view(head.shape[0], -1) == _ZERO_BYTE).all(dim=1)
     else:
-        zero = torch.linalg.vector_norm(head.float(), ord=float("inf"), dim=1) == 0
+        zero = ~head.any(dim=1)
     return zero.nonzero().flatten()
 
 

@@ -14,6 +14,12 @@ from minibble.quantize.config import ModelConfig
 _GROWTH = 256  # tokens; the least by which a key-value cache grows
 
 
+def empty_lightning_state(config: ModelConfig, batch: int, device: torch.device) -> Tensor:
+    """The state of a lightning layer before the first token: zeros, float32 [B, H, K, K]."""
+    H, K = config.num_attention_heads, config.head_dim
+    return torch.zeros(batch, H, K, K, dtype=torch.float32, device=device)
+
+
 class HybridState(Cache):
     """The cache of one forward after the other, for `past_key_values`.
 
@@ -37,8 +43,7 @@ class HybridState(Cache):
     def lightning_state(self, layer: int, batch: int, device: torch.device) -> Tensor:
         """The state of a lightning layer, float32 [B, H, K, K]; zeros before the first token."""
         if layer not in self.lightning:
-            H, K = self.config.num_attention_heads, self.config.head_dim
-            return torch.zeros(batch, H, K, K, dtype=torch.float32, device=device)
+            return empty_lightning_state(self.config, batch, device)
         return self.lightning[layer]
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Fixtures that many tests share: tiny configs, tiny 16-bit checkpoints, a GPU if there is one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def make_source() -> Callable[..., Path]:
     returns it. `names` is "original", "hf" (`mlp.experts.E.gate_proj`) or "fused" (3-D experts).
     """
     return _write_source
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other, above all beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

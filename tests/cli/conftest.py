@@ -16,17 +16,6 @@ if TESTS not in sys.path:
     sys.path.insert(0, TESTS)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny products on several threads mostly wait for each other, above all beside other processes."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """`cli("report", path, ...)`: the finished command, with exit_code, stdout and stderr."""

@@ -1,7 +1,6 @@
 """Streaming, timing, continuing over a state, and conversations, on a random model that speaks bytes."""
 
 import pytest
-import torch
 from golden.byte_tokenizer import TURN_END, VOCAB_SIZE, byte_tokenizer
 
 from minibble.quantize.config import ModelConfig
@@ -18,15 +17,6 @@ FORGETFUL_TEMPLATE = (
     "{% for m in messages %}{% if loop.last or loop.length < 3 %}<|im_start|>{{ m['content'] }}<|im_end|>{% endif %}"
     "{% endfor %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny products on several threads mostly wait for each other, above all beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
