@@ -23,13 +23,18 @@ NEEDED = {
 USEFUL = {
     "triton": "fused GPU kernels need it; it comes with torch's CUDA builds",
     "bitsandbytes": "pip install 'minibble[cpu]': decodes NF4 on CPUs, and multiplies from the codes with AVX512-BF16",
-    "numba": "pip install 'minibble[cpu]': multiplies from NF4 codes on any CPU",
+    "numba": "pip install 'minibble[cpu]': multiplies from 4-bit codes on any CPU",
 }
 NF4_PATHS = {
     "fused": "bitsandbytes multiplies straight from the codes",
     "gemv": "our compiled loop multiplies straight from the codes",
     "decode": "bitsandbytes decodes, torch multiplies; numba would be faster",
     "torch": "torch decodes and multiplies; numba and bitsandbytes would be faster",
+}
+INT4_PATHS = {
+    "kernel": "torch's kernel multiplies straight from the codes",
+    "gemv": "our compiled loop multiplies straight from the codes",
+    "torch": "torch decodes and multiplies; numba would be faster",
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -101,7 +106,7 @@ def _cpu() -> dict[str, Any]:
     flags = facts.get("flags", "").split()
     features = [feature for feature in CPU_FEATURES if feature in flags]
     name = facts.get("model name", platform.machine()).strip()
-    return {"name": name, "cores": _cores(), "features": features, "nf4_path": None}
+    return {"name": name, "cores": _cores(), "features": features, "nf4_path": None, "int4_path": None}
 
 
 def _cores() -> int:
@@ -115,9 +120,9 @@ def _look_at_torch(findings: Findings) -> None:
     except Exception as error:
         findings.problems.append(f"torch cannot be imported ({error}): install it again")
         return
-    from minibble.runtime.kernels.linear4.cpu import path
+    from minibble.runtime.kernels.linear4 import cpu, cpu_int4
 
-    findings.cpu["nf4_path"] = path()
+    findings.cpu |= {"nf4_path": cpu.path(), "int4_path": cpu_int4.path()}
     if torch.version.cuda is not None and not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
         findings.problems.append(f"torch (CUDA {torch.version.cuda}) cannot use the GPU: the driver may be too old")
     for index in range(torch.cuda.device_count()):
@@ -171,6 +176,7 @@ def _table(findings: Findings) -> Any:
     table.add_row("CPU", f"{escape(cpu['name'])}, {cpu['cores']} cores, {' '.join(cpu['features']) or 'no AVX'}")
     if cpu["nf4_path"] is not None:
         table.add_row("", f"[dim]NF4 products: {NF4_PATHS[cpu['nf4_path']]}[/]")
+        table.add_row("", f"[dim]int4 products: {INT4_PATHS[cpu['int4_path']]}[/]")
     table.add_row("memory", f"{decimal(findings.memory_bytes)} ({binary(findings.memory_bytes)})")
     table.add_row("free disk", f"{decimal(findings.disk_free_bytes)} in the current folder")
     for index, gpu in enumerate(findings.gpus):

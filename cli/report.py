@@ -26,6 +26,8 @@ STYLES = {
     "other": ("white", "░"),
 }
 MAX_WIDTH = 110
+LABEL, COLUMN = 14, 15  # characters
+LEAST_WANTED = ("nf4", "nf4-dq-all", "int4-g128")  # the order in which a narrow terminal goes without
 UNITS = ((1e9, "GB", 2**30, "GiB"), (1e6, "MB", 2**20, "MiB"), (1e3, "kB", 2**10, "KiB"))
 
 
@@ -125,10 +127,11 @@ def running_text(report: "MemoryReport") -> str:
 def _renderables(report: "MemoryReport", width: int) -> "list[RenderableType]":
     from rich.markup import escape
 
-    shown = columns(report)
-    if width < 14 + 15 * len(shown):
-        shown = {name: weights for name, weights in shown.items() if name != "nf4"}
     chosen = "on disk" if report.stored else report.weights.format
+    shown = columns(report)
+    for least in LEAST_WANTED:
+        if width < LABEL + COLUMN * len(shown) and least != chosen:
+            shown.pop(least, None)
     name = f"[bold]{escape(report.target)}[/]"
     if report.stored:
         name += f", {report.weights.format} on disk"
@@ -138,8 +141,22 @@ def _renderables(report: "MemoryReport", width: int) -> "list[RenderableType]":
         *_bars(shown, chosen, width),
         "",
         f"To run in {report.weights.format}, {running_text(report)}",
+        *_quality(report),
         *(f"[dim]{name:<10}  {FORMAT_NOTES[name]}[/]" for name in FORMAT_NAMES if name in shown),
     ]
+
+
+def _quality(report: "MemoryReport") -> "list[RenderableType]":
+    """What the manifest says of the checkpoint's quality, in a few lines; nothing where it says nothing."""
+    if report.quality is None:
+        return []
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from minibble.cli.report_quality import summary
+
+    first, *rest = (escape(line) for line in summary(report.quality))
+    return ["", f"Quality: {first}", *(Padding(line, (0, 0, 0, 2), expand=False) for line in rest), ""]
 
 
 def _table(shown: Mapping[str, Footprint], chosen: str) -> "Table":

@@ -3,6 +3,7 @@
 from html import escape
 from typing import TYPE_CHECKING
 
+from minibble.cli import report_quality
 from minibble.cli.report import columns, count, headline, units
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import FORMAT_NOTES, PARTS, Footprint, kv_cache_bytes
@@ -49,8 +50,9 @@ td.soft { color: var(--soft); } figure + .wide { margin-top: 1rem; }
 
 def page(report: "MemoryReport") -> str:
     """The whole page as HTML text."""
-    shown = columns(report)
+    shown, quality = columns(report), report.quality
     title = f"{report.target}: where the bytes go"
+    extra_style, extra = (report_quality.style(), report_quality.sections(quality)) if quality is not None else ("", "")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -58,7 +60,7 @@ def page(report: "MemoryReport") -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{extra_style}</style>
 </head>
 <body>
 <main>
@@ -69,6 +71,7 @@ def page(report: "MemoryReport") -> str:
 <section><h2>In numbers</h2>{_table(report, shown)}{_notes(shown)}</section>
 <section><h2>Running it</h2>{_running(report)}</section>
 <section><h2>Layers</h2>{_layers(report)}</section>
+{extra}
 </main>
 </body>
 </html>

@@ -5,6 +5,7 @@ bytes go. Importing this touches neither torch nor a GPU.
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
 _HOMES = {"load": "minibble.runtime.loading", "memory_report": "minibble.runtime.report"}
 
 
+class _CallablePackage(ModuleType):
+    """`minibble.quantize` is a package and a function (docs/adr/0001-callable-package.md)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from minibble.calibrate.job import quantize
+
+        return quantize(*args, **kwargs)
+
+
 def __getattr__(name: str) -> Any:
     if name == "quantize":
-        return import_module("minibble.quantize")  # a package that can be called: see its docstring
+        return import_module("minibble.quantize")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'minibble' has no attribute {name!r}")
+
+
+import_module("minibble.quantize").__class__ = _CallablePackage

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from minibble.quantize import folder as files
 from minibble.quantize.config import ModelConfig
-from minibble.quantize.errors import CheckpointError
+from minibble.quantize.errors import CheckpointError, ConfigError
+from minibble.quantize.formats import Format, format_of
 from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
 from minibble.quantize.names import canonical_name, fused_parts
-from minibble.quantize.nf4 import NF4
 from minibble.quantize.safetensors_file import TORCH_DTYPES, Header, TensorEntry, TensorReader, read_header
 from minibble.quantize.tensors import QuantizedTensor
 
@@ -37,13 +37,13 @@ class Location:
 
 
 class Checkpoint:
-    """A folder of safetensors shards holding every tensor of the inventory, in 16 bit or as NF4.
+    """A folder of safetensors shards holding every tensor of the inventory, in 16 bit or in a 4-bit format.
 
     Made by `Checkpoint.open`. `format` is None for a 16-bit checkpoint; `quantized` are the (canonical) names
     stored in 4 bit; `problems` is empty unless opened with `strict=False`. Safe to read from several threads.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, format: NF4 | None, headers: dict[Path, Header]):
+    def __init__(self, path: Path, config: ModelConfig, format: Format | None, headers: dict[Path, Header]):
         self.path, self.config, self.format = path, config, format
         self.inventory = inventory(config)
         self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in self.inventory}
@@ -64,9 +64,7 @@ class Checkpoint:
         shards, weight_map = files.find_shards(path)
         config = ModelConfig.from_file(path / files.CONFIG)
         quantization = config.raw.get("quantization_config")
-        format = None
-        if quantization is not None:
-            format = NF4.from_quantization_config(quantization, str(path / files.CONFIG))
+        format = None if quantization is None else format_of(quantization, str(path / files.CONFIG))
         checkpoint = cls(path, config, format, {shard: read_header(shard) for shard in shards.values()})
         checkpoint.problems += [] if weight_map is None else _index_problems(checkpoint._headers, weight_map)
         checkpoint._locate()
@@ -90,12 +88,12 @@ class Checkpoint:
         return sum(self._located[name].entry.nbytes for name in self._stored_names(spec))
 
     def dtype(self, spec: TensorSpec) -> torch.dtype:
-        """The dtype in which `spec` is stored; uint8 if it is 4-bit."""
-        return TORCH_DTYPES[self._location(spec.name).entry.dtype]
+        """The dtype in which `spec` is stored; that of its codes if it is 4-bit."""
+        return TORCH_DTYPES[self._main(spec).entry.dtype]
 
     def where(self, spec: TensorSpec) -> str:
         """File and name of `spec`, for messages."""
-        return str(self._location(spec.name))
+        return str(self._main(spec))
 
     def read(self, spec: TensorSpec, pin_memory: bool = False) -> Tensor | QuantizedTensor:
         """The tensor of `spec` on the CPU: a Tensor in its stored dtype, or a QuantizedTensor if 4-bit."""
@@ -107,7 +105,7 @@ class Checkpoint:
                 spec.name, (spec.shape[0], spec.shape[1]), lambda name: self._read(name, pin_memory)
             )
         except CheckpointError as error:
-            raise CheckpointError(f"{self._location(spec.name).path}: {error}") from error
+            raise CheckpointError(f"{self._main(spec).path}: {error}") from error
 
     def fingerprint(self) -> str:
         """A digest of config, headers and samples of every shard's data: tells sources apart without reading all."""
@@ -137,6 +135,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
         return self._located[name]
 
+    def _main(self, spec: TensorSpec) -> Location:
+        """Where `spec` is, or its codes if it is 4-bit."""
+        if spec.name in self.quantized and self.format is not None:
+            return self._location(self.format.codes_name(spec.name))
+        return self._location(spec.name)
+
     def _stored_names(self, spec: TensorSpec) -> Iterator[str]:
         if spec.name in self.quantized and self.format is not None:
             return iter(self.format.stored(spec.name, spec.shape))
@@ -154,30 +158,41 @@ class Checkpoint:
 
     def _match(self) -> None:
         """Compare what is located with the inventory, both ways."""
-        must = quantized_roles()
         quantized: set[str] = set()
         used: set[str] = set()
         for spec in self.inventory:
-            location = self._located.get(spec.name)
-            if location is None:
-                self.problems.append(f"tensor {spec.name} is missing")
-                continue
-            if self.format is not None and location.entry.dtype == "U8":
+            if self._has_codes(spec):
                 quantized.add(spec.name)
-                used.update(self.format.stored(spec.name, spec.shape))
-                self.problems += self._quantized_problems(spec, self.format)
+                self.problems += self._quantized_problems(spec, used)
             else:
                 used.add(spec.name)
-                self.problems += _plain_problems(spec, location, self.format is not None and spec.role in must)
+                self.problems += self._plain_problems(spec)
         unknown = [location for name, location in self._located.items() if name not in used]
         self.problems += [f"{location} is unknown to this model" for location in unknown]
         self.quantized = frozenset(quantized)
 
-    def _quantized_problems(self, spec: TensorSpec, format: NF4) -> Iterator[str]:
+    def _has_codes(self, spec: TensorSpec) -> bool:
+        """Whether `spec` is stored in 4 bits; where codes have the matrix's own name, their dtype tells."""
+        if self.format is None:
+            return False
+        name = self.format.codes_name(spec.name)
+        return name in self._located and (name != spec.name or self._located[name].entry.dtype == "U8")
+
+    def _quantized_problems(self, spec: TensorSpec, used: set[str]) -> Iterator[str]:
+        """What is wrong with a 4-bit matrix; the names of its tensors are added to `used`."""
+        assert self.format is not None
+        main = self._located[self.format.codes_name(spec.name)]
         if spec.role in ("router", "norm"):
-            yield f"{self._located[spec.name]} is 4-bit; routers and norms must stay in 16 bit"
+            used.add(self.format.codes_name(spec.name))
+            yield f"{main} is 4-bit; routers and norms must stay in 16 bit"
             return
-        for name, (dtype, shape) in format.stored(spec.name, spec.shape).items():
+        try:
+            stored = self.format.stored(spec.name, spec.shape)
+        except ConfigError as error:
+            yield f"{main}: {error}"
+            return
+        used.update(stored)
+        for name, (dtype, shape) in stored.items():
             location = self._located.get(name)
             if location is None:
                 yield f"tensor {name} is missing, part of the 4-bit matrix {spec.name}"
@@ -191,6 +206,22 @@ class Checkpoint:
                     f"{location} is {found.dtype} {list(found.shape)}, "
                     f"expected {str(dtype).removeprefix('torch.')} {list(shape)}"
                 )
+
+    def _plain_problems(self, spec: TensorSpec) -> Iterator[str]:
+        """What is wrong with a tensor that is not 4-bit, or not there."""
+        must_be_4bit = self.format is not None and spec.role in quantized_roles()
+        location = self._located.get(spec.name)
+        if location is None:
+            expected = self.format.codes_name(spec.name) if self.format is not None and must_be_4bit else spec.name
+            yield f"tensor {expected} is missing"
+        elif must_be_4bit:
+            yield (
+                f"{location} is {location.entry.dtype} in a checkpoint that claims 4 bit; every expert and attention "
+                "matrix must be 4-bit: quantize the 16-bit source again with minibble"
+            )
+        elif location.entry.dtype not in _FLOATS or location.entry.shape != spec.shape:
+            found = f"{location.entry.dtype} {list(location.entry.shape)}"
+            yield f"{location} is {found}, expected {list(spec.shape)} in BF16, F16 or F32"
 
 
 def _index_problems(headers: dict[Path, Header], weight_map: Mapping[str, str]) -> Iterator[str]:
@@ -226,17 +257,6 @@ def _parts(
         start = entry.start + (part.expert * rows + part.start) * row_nbytes
         stop = entry.start + (part.expert * rows + part.stop) * row_nbytes
         yield part.name, replace(entry, shape=(part.stop - part.start, columns), start=start, stop=stop)
-
-
-def _plain_problems(spec: TensorSpec, location: Location, must_be_4bit: bool) -> Iterator[str]:
-    entry = location.entry
-    if must_be_4bit:
-        yield (
-            f"{location} is {entry.dtype} in a checkpoint that claims 4 bit; every expert and attention matrix "
-            "must be NF4: quantize the 16-bit source again with minibble"
-        )
-    elif entry.dtype not in _FLOATS or entry.shape != spec.shape:
-        yield (f"{location} is {entry.dtype} {list(entry.shape)}, expected {list(spec.shape)} in BF16, F16 or F32")
 
 
 def _summary(path: Path, problems: list[str]) -> str:

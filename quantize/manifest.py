@@ -1,7 +1,7 @@
 """The manifest `minibble.json`: what a checkpoint was made from, how, and what became of each tensor."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ def build_manifest(
     kept: dict[str, str],
     copied: dict[str, str],
     notes: list[str],
+    conclude: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda records: {},
 ) -> dict[str, Any]:
     """The manifest's content, free of times and host names: the same input gives the same bytes.
 
-    `kept` gives the dtype of each tensor that is not 4-bit, `copied` the SHA-256 of each file taken along.
+    `kept` gives the dtype of each tensor that is not 4-bit, `copied` the SHA-256 of each file taken along, `conclude`
+    what else to tell given the records of all 4-bit matrices; its `totals` are added to those given.
     """
     quantized = {name: record for shard in sealed.values() for name, record in shard.tensors.items()}
     errors = [record["relative_error"] for _, record in sorted(quantized.items())]
     if errors:
         mean = float(f"{sum(errors) / len(errors):.6g}")
         totals = totals | {"mean_relative_error": mean, "max_relative_error": max(errors)}
+    more = dict(conclude(quantized))
+    totals = totals | more.pop("totals", {})
     return {
         "manifest_version": VERSION,
         **identity,
@@ -38,6 +42,7 @@ def build_manifest(
         "kept": kept,
         "files": copied,
         "notes": notes,
+        **more,
     }
 
 

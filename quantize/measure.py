@@ -1,20 +1,14 @@
 """How far a 4-bit matrix is from its source."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
-from minibble.quantize.nf4 import NF4
-from minibble.quantize.nf4_math import decode_absmax, level_values
+from minibble.quantize.formats import Format
+from minibble.quantize.nf4_math import chunks, decode_absmax, level_values
 from minibble.quantize.parallel import spread
-from minibble.quantize.tensors import NESTED_BLOCK, QuantizedTensor
-
-# Whole second-level blocks: 2**17 weights keep a CPU's work in its cache; 2**26 are 256 MiB of float32 on a GPU.
-_CHUNK_CPU = 1 << 17
-_CHUNK_GPU = 1 << 26
+from minibble.quantize.tensors import QuantizedTensor
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -33,7 +27,7 @@ def finite_scales(q: QuantizedTensor) -> bool:
     return bool(torch.isfinite(q.absmax).all())
 
 
-def relative_error(format: NF4, weight: Tensor, q: QuantizedTensor) -> float:
+def relative_error(format: Format, weight: Tensor, q: QuantizedTensor) -> float:
     """||W - Q||^2 / ||W||^2 of `q` against its source `weight` [N, K], on their device; 0 for an all-zero W.
 
     Rounded to 6 significant digits, so that the order of summation does not show in files.
@@ -45,16 +39,16 @@ def relative_error(format: NF4, weight: Tensor, q: QuantizedTensor) -> float:
         W = flat[start : start + prod(part.shape)]
         return torch.stack((_energy(_difference(format, W, part)), _energy(W)))
 
-    sums = spread(measure, list(_chunks(q)), weight.device)
+    sums = spread(measure, list(chunks(q)), weight.device)
     difference, energy = torch.stack(sums).sum(dim=0).tolist()
     return float(f"{difference / energy:.6g}") if energy else 0.0
 
 
-def _difference(format: NF4, W: Tensor, part: QuantizedTensor) -> Tensor:
+def _difference(format: Format, W: Tensor, part: QuantizedTensor) -> Tensor:
     """W - Q of a chunk, float32; for whole blocks in one pass over the levels, without the decoded matrix."""
     if W.numel() % part.block_size:
         return W.float() - format.decode(part, torch.float32).reshape(-1)
-    levels = level_values(part.codes).view(-1, part.block_size)
+    levels = level_values(part.codes, part.levels).view(-1, part.block_size)
     blocks = W.float().view(-1, part.block_size)
     return torch.addcmul(blocks, levels, decode_absmax(part)[:, None], value=-1)
 
@@ -63,26 +57,3 @@ def _energy(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return x.float().square().sum(dtype=torch.float64)
     return torch.linalg.vector_norm(x, dtype=torch.float64).square()
-
-
-def _chunks(q: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]]:
-    """`q` as a row of matrices [1, n] that end at whole second-level blocks, with each one's first weight."""
-    size = _CHUNK_CPU if q.device.type == "cpu" else _CHUNK_GPU
-    size -= size % (q.block_size * NESTED_BLOCK)
-    n = prod(q.shape)
-    for start in range(0, n, size):
-        stop = min(n, start + size)
-        blocks = slice(start // q.block_size, -(-stop // q.block_size))
-        nested = q.nested_absmax
-        if nested is not None:
-            nested = nested[blocks.start // NESTED_BLOCK : -(-blocks.stop // NESTED_BLOCK)]
-        yield (
-            start,
-            replace(
-                q,
-                shape=(1, stop - start),
-                codes=q.codes[start // 2 : -(-stop // 2)],
-                absmax=q.absmax[blocks],
-                nested_absmax=nested,
-            ),
-        )

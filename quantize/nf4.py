@@ -16,15 +16,13 @@ from torch import Tensor
 from minibble.quantize.errors import CheckpointError, ConfigError
 from minibble.quantize.nf4_math import (
     codebook,
-    decode_absmax,
+    decode,
     dynamic_map,
     encode_absmax,
     encode_blocks,
-    level_values,
-    scale_blocks,
 )
 from minibble.quantize.parallel import spread
-from minibble.quantize.tensors import NESTED_BLOCK, QuantizedTensor
+from minibble.quantize.tensors import NESTED_BLOCK, Levels, QuantizedTensor
 
 # The JSON beside each matrix is padded with spaces to this length, so that sizes are known beforehand.
 STATE_NBYTES = 192
@@ -45,6 +43,10 @@ class NF4:
     def name(self) -> str:
         return "nf4-dq" if self.double_quant else "nf4"
 
+    @property
+    def levels(self) -> Levels:
+        return "nf4"
+
     def encode(self, weight: Tensor) -> QuantizedTensor:
         """Round `weight` [N, K] (any float dtype, any device) to the nearest level of its blocks."""
         if weight.ndim != 2:
@@ -62,14 +64,23 @@ class NF4:
 
         chunk = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK_GPU
         spread(encode_from, range(0, flat.numel(), chunk), weight.device)
-        shape = (weight.shape[0], weight.shape[1])
+        return self.assemble((weight.shape[0], weight.shape[1]), codes, absmax, weight.dtype)
+
+    def assemble(
+        self, shape: tuple[int, int], codes: Tensor, scales: Tensor, source_dtype: torch.dtype = torch.bfloat16
+    ) -> QuantizedTensor:
+        """The matrix [N, K] of `codes`, two a byte, and absmax `scales`, float32 [blocks]."""
         if not self.double_quant:
-            return QuantizedTensor(shape, codes, absmax, None, None, self.block_size, weight.dtype)
-        return QuantizedTensor(shape, codes, *encode_absmax(absmax), self.block_size, weight.dtype)
+            return QuantizedTensor(shape, codes, scales, None, None, self.block_size, source_dtype)
+        return QuantizedTensor(shape, codes, *encode_absmax(scales), self.block_size, source_dtype)
 
     def decode(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix [N, K] that `q` stands for, rounded once from float32 to `dtype`."""
-        return scale_blocks(level_values(q.codes), decode_absmax(q), q).to(dtype).reshape(q.shape)
+        return decode(q, dtype)
+
+    def codes_name(self, name: str) -> str:
+        """The stored tensor that holds the codes of the matrix `name`: the one of its own name."""
+        return name
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of every tensor that `pack` writes for the matrix `name` of `shape` [N, K]."""
@@ -89,6 +100,12 @@ class NF4:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Exact bytes of one matrix [N, K] on disk, its tables and JSON included."""
         return sum(dtype.itemsize * prod(shape) for dtype, shape in self.stored("", shape).values())
+
+    def held_nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of codes and scales of one matrix [N, K] in memory."""
+        blocks = -(-prod(shape) // self.block_size)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) if self.double_quant else 4 * blocks
+        return -(-prod(shape) // 2) + scales
 
     def pack(self, name: str, q: QuantizedTensor) -> dict[str, Tensor]:
         """The tensors under which bitsandbytes stores `q` as the parameter `name`."""
@@ -140,6 +157,10 @@ class NF4:
             "llm_int8_skip_modules": skipped,
         }
 
+    def extra_json(self, skipped: list[str]) -> dict[str, dict[str, Any]]:
+        """No other files belong to it."""
+        return {}
+
     @classmethod
     def from_quantization_config(cls, config: dict[str, Any], where: str) -> "NF4":
         """The format that a `quantization_config` names; ConfigError if it is not bitsandbytes NF4."""
@@ -150,9 +171,6 @@ class NF4:
         if config.get("bnb_4bit_quant_type") != "nf4":
             raise ConfigError(f"{where}: bnb_4bit_quant_type is {config.get('bnb_4bit_quant_type')!r}, expected 'nf4'")
         return cls(double_quant=bool(config.get("bnb_4bit_use_double_quant")))
-
-
-FORMATS: dict[str, NF4 | None] = {"bf16": None, "nf4": NF4(double_quant=False), "nf4-dq": NF4()}
 
 
 def _state_json(q: QuantizedTensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The plan of an output checkpoint: which tensors go into which shard, to the byte, before any is written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -40,11 +40,13 @@ class ShardPlan:
         return len(self.header[0]) + self.tensor_nbytes
 
 
-def plan_shards(items: Iterable[tuple[str, Layout]], shard_size: int) -> tuple[ShardPlan, ...]:
+def plan_shards(
+    items: Iterable[tuple[str, Layout]], shard_size: int, starts: Set[str] = frozenset()
+) -> tuple[ShardPlan, ...]:
     """Fill shards with `items`, in their order, none larger than `shard_size` bytes.
 
     An item is a spec's name and the tensors stored for it, which stay together; an item larger than `shard_size`
-    gets a shard of its own.
+    gets a shard of its own. Items named in `starts` begin a new shard.
     """
     if shard_size < 1:
         raise ConfigError(f"shard size {shard_size} must be at least 1 byte")
@@ -52,7 +54,7 @@ def plan_shards(items: Iterable[tuple[str, Layout]], shard_size: int) -> tuple[S
     filled = 0
     for name, layout in items:
         cost = sum(_nbytes(dtype, shape) + _entry_bound(key, shape) for key, (dtype, shape) in layout.items())
-        if not groups or filled + cost > shard_size:
+        if not groups or filled + cost > shard_size or name in starts:
             groups.append([])
             filled = _HEADER_NBYTES
         groups[-1].append((name, layout))

@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -113,8 +113,15 @@ class CheckpointWriter:
             shard = sealing.result()
             self.sealed[shard.filename] = shard
 
-    def finish(self, config: dict[str, Any], manifest: dict[str, Any], extra: Iterable[Path]) -> None:
-        """Write all that is no shard: `extra` files are copied, then config, manifest and, last, the index."""
+    def finish(
+        self,
+        config: dict[str, Any],
+        manifest: dict[str, Any],
+        extra: Iterable[Path],
+        extra_json: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        """Write all that is no shard: `extra` files are copied, `extra_json` (content by file name) written, then
+        config, manifest and, last, the index."""
         self.wait()
         assert not self.pending
         weight_map = {name: shard.filename for shard in self.shards for name in shard.tensors}
@@ -123,6 +130,8 @@ class CheckpointWriter:
         with disk_errors(self.out, self._keep_text()):
             for path in extra:
                 write_atomic(self.out / path.name, path.read_bytes())
+            for name, content in extra_json.items():
+                write_atomic(self.out / name, json_bytes(content))
             write_atomic(self.out / CONFIG, json_bytes(config))
             write_atomic(self.out / MANIFEST, json_bytes(manifest, sort_keys=True))
             write_atomic(self.out / INDEX, json_bytes(index))

@@ -66,13 +66,17 @@ class LightningAttention(nn.Module):
         self.slopes = decay_slopes(config, layer)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        return self.out_proj(self.mix(self.in_proj(x_BTD), context))
+
+    def mix(self, projected: Tensor, context: Context) -> Tensor:
+        """What goes into `out_proj`, [B, T, H*K], from what came out of `in_proj`."""
         o, state = gated(
-            self.in_proj(x_BTD), self._slopes_on(x_BTD), self._state(x_BTD, context),
+            projected, self._slopes_on(projected), self._state(projected, context),
             self.norm.weight, self.norm.eps, context.valid_BT,
         )  # fmt: skip
         if context.state is not None:
             context.state.lightning[self.layer] = state
-        return self.out_proj(o.to(x_BTD.dtype))
+        return o.to(projected.dtype)
 
     def _slopes_on(self, x: Tensor) -> Tensor:
         # No buffer: those follow the model's dtype, and in bf16 decays of nearly 1 become 1.
@@ -99,8 +103,12 @@ class SoftmaxAttention(nn.Module):
         self.out_proj = Linear(config.hidden_size, HK)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        B, T, _ = x_BTD.shape
-        heads = self.in_proj(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
+        return self.out_proj(self.mix(self.in_proj(x_BTD), context))
+
+    def mix(self, projected: Tensor, context: Context) -> Tensor:
+        """What goes into `out_proj`, [B, T, H*K], from what came out of `in_proj`."""
+        B, T, _ = projected.shape
+        heads = projected.view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
         rotated = self.heads + self.kv_heads
         qk, v = heads[:, :rotated], heads[:, rotated:]
         qk = rotate(qk, context.cos, context.sin, self.rotary_dim)
@@ -108,7 +116,7 @@ class SoftmaxAttention(nn.Module):
         if context.state is not None:
             k, v = context.state.append(self.layer, k, v)
         o = attend(q, k, v, context.mask)
-        return self.out_proj(o.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+        return o.transpose(1, 2).reshape(B, T, self.heads * self.head_dim)
 
 
 def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) -> Tensor:

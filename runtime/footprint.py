@@ -6,15 +6,13 @@ of the softmax layers and the state of the lightning layers as they lie in memor
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import ConfigError
+from minibble.quantize.formats import Format, format_named
 from minibble.quantize.inventory import Role, TensorSpec, inventory, quantized_roles
-
-if TYPE_CHECKING:
-    from minibble.quantize.nf4 import NF4
 
 PARTS = ("experts", "attention", "embeddings", "other")
 
@@ -27,15 +25,16 @@ _PART_OF: dict[Role, str] = {
     "norm": "other",
 }
 
-# The formats of a report: which NF4 variant, and whether the embedding and the head are 4-bit too.
-_NF4_FORMATS = {"nf4": (False, False), "nf4-dq": (True, False), "nf4-dq-all": (True, True)}
-FORMAT_NAMES = ("bf16", *_NF4_FORMATS)
+_ALL = "-all"  # after a format's name: embedding and head are 4-bit too
+# The columns of a report: the formats, and with _ALL the one that is nearest to 228 GB.
 FORMAT_NOTES = {
     "bf16": "16 bit, as released",
     "nf4": "experts and attention 4-bit, float32 scales",
     "nf4-dq": "experts and attention 4-bit, double quantization",
     "nf4-dq-all": "the same, embedding and head 4-bit too",
+    "int4-g128": "experts and attention in GPTQ's int4, groups of 128",
 }
+FORMAT_NAMES = tuple(FORMAT_NOTES)
 
 
 @dataclass(frozen=True)
@@ -81,28 +80,31 @@ def footprint(config: ModelConfig, format: str = "nf4-dq", itemsize: int = 2) ->
     if format not in FORMAT_NAMES:
         raise ConfigError(f"unknown format '{format}'; there are {', '.join(FORMAT_NAMES)}")
     specs = inventory(config)
-    nf4, roles = _nf4(format)
-    if nf4 is None:
+    everything = format.endswith(_ALL)
+    stored = format_named(format.removesuffix(_ALL))
+    if stored is None:
         parts = sum_parts(specs, lambda spec: spec.numel * itemsize)
     else:
-        parts = _quantized_parts(specs, nf4, roles, itemsize)
+        parts = _quantized_parts(specs, stored, quantized_roles(everything, everything), itemsize)
     return Footprint(format, sum(spec.numel for spec in specs), parts)
 
 
-def _nf4(format: str) -> "tuple[NF4 | None, frozenset[Role]]":
-    if format not in _NF4_FORMATS:
-        return None, frozenset()
-    from minibble.quantize.nf4 import NF4
+def footprints(config: ModelConfig) -> dict[str, Footprint]:
+    """The footprint in each of FORMAT_NAMES that can hold the model's shapes."""
+    found = {}
+    for name in FORMAT_NAMES:
+        with suppress(ConfigError):
+            found[name] = footprint(config, name)
+    return found
 
-    double_quant, everything = _NF4_FORMATS[format]
-    return NF4(double_quant=double_quant), quantized_roles(everything, everything)
 
-
-def _quantized_parts(specs: Iterable[TensorSpec], nf4: "NF4", roles: frozenset[Role], itemsize: int) -> dict[str, int]:
+def _quantized_parts(
+    specs: Iterable[TensorSpec], format: Format, roles: frozenset[Role], itemsize: int
+) -> dict[str, int]:
     """Count each (role, shape) once: the real model has 8,243 tensors of about a dozen kinds."""
     parts = dict.fromkeys(PARTS, 0)
     for (role, shape, numel), count in Counter((s.role, s.shape, s.numel) for s in specs).items():
-        each = nf4.nbytes(shape) if role in roles else numel * itemsize
+        each = format.nbytes(shape) if role in roles else numel * itemsize
         parts[_PART_OF[role]] += count * each
     return parts
 

@@ -10,6 +10,7 @@ from minibble.quantize.builtin import resolve_source
 from minibble.quantize.checkpoint import Checkpoint
 from minibble.quantize.errors import CheckpointError, ConfigError
 from minibble.quantize.inventory import TensorSpec
+from minibble.quantize.nf4_math import zero_byte
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.layers import Embedding, Linear
@@ -17,7 +18,6 @@ from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import held_dtype, plan_memory
 
-_ZERO_BYTE = 0x77  # two NF4 codes of level 0.0
 DEFAULT_CONTEXT = 4096  # tokens planned for where the caller does not say
 
 
@@ -106,7 +106,7 @@ def _fill(
 def _zero_rows(head: Tensor | QuantizedTensor) -> Tensor:
     """Ids whose row of the head [V, D] is all zero: vocabulary padding that was never trained."""
     if isinstance(head, QuantizedTensor):
-        zero = (head.codes.view(head.shape[0], -1) == _ZERO_BYTE).all(dim=1)
+        zero = (head.codes.view(head.shape[0], -1) == zero_byte(head.levels)).all(dim=1)
     else:
         zero = ~head.any(dim=1)
     return zero.nonzero().flatten()

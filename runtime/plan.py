@@ -12,10 +12,9 @@ import torch
 
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import BudgetError
+from minibble.quantize.formats import Format
 from minibble.quantize.inventory import TensorSpec
-from minibble.quantize.nf4 import NF4
 from minibble.quantize.sizes import binary, decimal
-from minibble.quantize.tensors import NESTED_BLOCK
 from minibble.runtime.footprint import kv_cache_bytes, state_bytes
 
 PREFILL_CHUNK = 1024  # tokens that go through the layers at a time
@@ -28,7 +27,7 @@ class Source(Protocol):
     config: ModelConfig
     inventory: tuple[TensorSpec, ...]
     quantized: frozenset[str]
-    format: NF4 | None
+    format: Format | None
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,10 @@ def plan_memory(
 def resident_nbytes(spec: TensorSpec, source: Source, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes that `spec` takes once loaded."""
     if spec.name in source.quantized and source.format is not None:
-        blocks = -(-spec.numel // source.format.block_size)
-        nested = source.format.double_quant and (device.type == "cuda" or spec.role == "embedding")
-        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) if nested else 4 * blocks
-        return -(-spec.numel // 2) + scales
+        if device.type == "cuda" or spec.role == "embedding":
+            return source.format.held_nbytes(spec.shape)
+        # On CPUs: a float32 scale a block, or a bfloat16 scale with its zero.
+        return -(-spec.numel // 2) + 4 * -(-spec.numel // source.format.block_size)
     return spec.numel * held_dtype(spec, device, dtype).itemsize
 
 

@@ -11,14 +11,15 @@ from minibble.quantize.errors import ConfigError
 from minibble.quantize.folder import CONFIG, JOURNAL
 from minibble.quantize.inventory import active_parameters
 from minibble.runtime.footprint import (
-    FORMAT_NAMES,
     Footprint,
     footprint,
+    footprints,
     kv_cache_bytes,
     parameters_by_part,
     state_bytes,
     sum_parts,
 )
+from minibble.runtime.quality import Quality, read_quality
 
 STORED = "stored"
 
@@ -28,6 +29,7 @@ class MemoryReport:
     """What a model weighs. Sizes in bytes; `weights` is what the totals speak of, `formats` what else it could be.
 
     `weights` are the tensors on disk when the target is a checkpoint (`stored`), else those of the asked format.
+    `quality` is what the manifest of such a checkpoint says, if it has one and is 4-bit.
     """
 
     target: str
@@ -39,6 +41,7 @@ class MemoryReport:
     batch: int
     kv_cache_bytes: int
     state_bytes: int
+    quality: Quality | None = None
 
     @property
     def parameters(self) -> int:
@@ -68,6 +71,7 @@ class MemoryReport:
             "kv_cache_bytes": self.kv_cache_bytes,
             "state_bytes": self.state_bytes,
             "running_bytes": self.running_bytes,
+            **({} if self.quality is None else {"quality": self.quality.to_json()}),
         }
 
 
@@ -90,7 +94,7 @@ def memory_report(
     """
     if context < 0 or batch < 1:
         raise ConfigError(f"context {context} and batch {batch} must be at least 0 and 1")
-    config, stored = _examine(target)
+    config, stored, quality = _examine(target)
     if format is not None or stored is None:
         weights = footprint(config, format or "nf4-dq")
     else:
@@ -100,31 +104,32 @@ def memory_report(
         config=config,
         stored=weights is stored,
         weights=weights,
-        formats={name: footprint(config, name) for name in FORMAT_NAMES},
+        formats=footprints(config),
         context=context,
         batch=batch,
         kv_cache_bytes=kv_cache_bytes(config, context, batch),
         state_bytes=state_bytes(config, batch),
+        quality=quality if weights is stored else None,
     )
 
 
-def _examine(target: str | Path) -> tuple[ModelConfig, Footprint | None]:
-    """The target's config, and its bytes on disk if it has weights."""
+def _examine(target: str | Path) -> tuple[ModelConfig, Footprint | None, Quality | None]:
+    """The target's config, its bytes on disk if it has weights, and their quality if its manifest tells."""
     path = resolve_source(target)
     if path.is_dir():
         bare = not any(".safetensors" in entry.name or entry.name == JOURNAL for entry in path.iterdir())
         if bare and (path / CONFIG).is_file():
-            return ModelConfig.from_file(path / CONFIG), None
+            return ModelConfig.from_file(path / CONFIG), None, None
         return _stored(path)
     if path.is_file():
-        return ModelConfig.from_file(path), None
+        return ModelConfig.from_file(path), None, None
     if str(target) in BUILTIN:
-        return builtin_config(str(target)), None
+        return builtin_config(str(target)), None, None
     names = ", ".join((*BUILTIN, DEMO))
     raise ConfigError(f"'{target}' is no checkpoint folder, no config.json and no built-in model ({names})")
 
 
-def _stored(path: Path) -> tuple[ModelConfig, Footprint]:
+def _stored(path: Path) -> tuple[ModelConfig, Footprint, Quality | None]:
     from minibble.quantize.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
@@ -134,4 +139,5 @@ def _stored(path: Path) -> tuple[ModelConfig, Footprint]:
         parameters=sum(spec.numel for spec in specs),
         parts=sum_parts(specs, checkpoint.stored_nbytes),
     )
-    return checkpoint.config, weights
+    quality = None if checkpoint.format is None else read_quality(path, checkpoint.config)
+    return checkpoint.config, weights, quality

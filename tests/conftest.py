@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minibble.quantize.checkpoint import Checkpoint
 from minibble.quantize.config import ModelConfig
-from minibble.quantize.inventory import inventory
+from minibble.quantize.int4 import Int4
+from minibble.quantize.inventory import inventory, quantized_roles
 
 _HF_MATRIX = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -29,6 +31,16 @@ def make_source() -> Callable[..., Path]:
     returns it. `names` is "original", "hf" (`mlp.experts.E.gate_proj`) or "fused" (3-D experts).
     """
     return _write_source
+
+
+@pytest.fixture(scope="session")
+def make_int4() -> Callable[..., Path]:
+    """Factory `make_int4(source, out, group=32, everything=False)`: the 16-bit checkpoint `source` in int4.
+
+    Every matrix is rounded to nearest and packed as GPTQ's files hold it, in one shard; embedding and head too if
+    `everything`.
+    """
+    return _write_int4
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -119,6 +131,28 @@ def _write_source(
     (path / "LICENSE").write_text("free to use\n")
     (path / "README.md").write_text("not to be copied\n")
     return path
+
+
+def _write_int4(source: Path, out: Path, group: int = 32, everything: bool = False) -> Path:
+    checkpoint, format = Checkpoint.open(source), Int4(group)
+    tensors = {}
+    for spec in checkpoint.inventory:
+        weight = checkpoint.read(spec)
+        assert isinstance(weight, torch.Tensor)
+        if spec.role in quantized_roles(everything, everything):
+            tensors |= format.pack(spec.name, format.encode(weight))
+        else:
+            tensors[spec.name] = weight
+    out.mkdir(parents=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    skipped = [] if everything else ["lm_head"]
+    config = checkpoint.config.raw | {"quantization_config": format.quantization_config(skipped)}
+    (out / "config.json").write_text(json.dumps(config))
+    for name, content in format.extra_json(skipped).items():
+        (out / name).write_text(json.dumps(content))
+    for path in checkpoint.extra_files():
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
 
 
 def _random_tensors(config: ModelConfig, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 from minibble.quantize.builtin import BUILTIN
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.dummy import write_dummy
-from minibble.quantize.nf4 import FORMATS
+from minibble.quantize.formats import FORMATS, format_named
 from minibble.quantize.sizes import decimal
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     config = ModelConfig.from_dict(_raw(options.config, options.layers), where=options.config)
     started = time.monotonic()
     nbytes = write_dummy(
-        config, options.out, format=FORMATS[options.format], seed=options.seed, shard_size=options.shard_size
+        config, options.out, format=format_named(options.format), seed=options.seed, shard_size=options.shard_size
     )
     elapsed = time.monotonic() - started
     print(f"{options.out}: {decimal(nbytes)} in {elapsed:.1f} s, {decimal(nbytes / elapsed)}/s")

@@ -12,13 +12,16 @@ def test_json(cli_json) -> None:
     assert found["problems"] == []
     assert found["memory_bytes"] > 0
     assert found["cpu"]["cores"] >= 1
+    assert found["cpu"]["nf4_path"] in doctor.NF4_PATHS
+    assert found["cpu"]["int4_path"] in doctor.INT4_PATHS
     assert found["can"]
 
 
 def test_table(cli) -> None:
     result = cli("doctor")
     assert result.exit_code == 0
-    assert all(word in result.stdout for word in ("Python", "torch", "CPU", "memory", "GPU", "can quantize"))
+    words = ("Python", "torch", "CPU", "int4 products", "memory", "GPU", "can quantize")
+    assert all(word in result.stdout for word in words)
 
 
 def test_missing_package_that_is_needed(cli, monkeypatch) -> None:

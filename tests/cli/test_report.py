@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from safetensors.torch import load_file
 
 from minibble.cli.report import bar_cells, count
 from minibble.cli.report_html import page
@@ -32,6 +33,34 @@ def test_table_has_both_units_side_by_side(cli) -> None:
     assert "456.09 B parameters, 45.94 B active per token" in result.stdout
     assert "70 lightning and 10 softmax layers, 32 experts each, 2 per token" in result.stdout
     assert "KV cache 335.5 MB + state 293.6 MB = 239.6 GB" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "names"),
+    [
+        (100, (), "bf16 nf4 nf4-dq nf4-dq-all int4-g128"),
+        (80, (), "bf16 nf4-dq nf4-dq-all int4-g128"),
+        (80, ("--format", "nf4"), "bf16 nf4 nf4-dq int4-g128"),
+        (60, (), "bf16 nf4-dq int4-g128"),
+    ],
+)
+def test_a_narrow_terminal_goes_without_some_formats(cli, monkeypatch, width: int, options, names: str) -> None:
+    monkeypatch.setattr("minibble.cli.output.PIPE_WIDTH", width)
+    result = cli("report", "minimax-text-01", *options)
+    assert result.exit_code == 0
+    heads = [line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["bf16"]]
+    assert heads[0] == names.split()
+    table = [line for line in result.stdout.splitlines() if re.match(r" (experts|total|bits|embeddings)", line)]
+    assert len(table) == 4 and max(map(len, table)) <= width
+
+
+def test_int4_on_disk(cli, cli_json, source, make_int4, tmp_path, monkeypatch) -> None:
+    folder = make_int4(source, tmp_path / "q", 64)
+    report = cli_json("report", folder)
+    assert report["format"] == "int4-g64"
+    assert report["total_bytes"] == sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    monkeypatch.setattr("minibble.cli.output.PIPE_WIDTH", 80)
+    assert "int4-g64 on disk" in cli("report", folder).stdout
 
 
 def test_table_fits_the_terminal(cli, quantized, monkeypatch) -> None:
@@ -97,7 +126,7 @@ def test_page_is_whole_and_self_contained(cli, tmp_path) -> None:
     assert "238.97" in text
     assert "222.56" in text
     assert "100,000 tokens" in text
-    assert sum(tag == "rect" for tag, _ in parsed.tags) == 4 * 4 + 3 + 80
+    assert sum(tag == "rect" for tag, _ in parsed.tags) == 5 * 4 + 3 + 80
 
 
 def test_page_escapes_what_it_is_told(tmp_path, tiny_config) -> None:

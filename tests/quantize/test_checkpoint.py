@@ -1,6 +1,7 @@
 """A checkpoint opens if it is exactly the model, in any spelling, and reads back what was written."""
 
 import json
+import shutil
 from time import perf_counter
 
 import pytest
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from minibble.quantize.builtin import builtin_config
 from minibble.quantize.checkpoint import Checkpoint
 from minibble.quantize.config import ModelConfig
+from minibble.quantize.dummy import write_dummy
 from minibble.quantize.errors import CheckpointError, MinibbleError
+from minibble.quantize.int4 import Int4
 from minibble.quantize.inventory import inventory, quantized_roles
 from minibble.quantize.job import quantize_checkpoint
 from minibble.quantize.nf4 import NF4
@@ -114,6 +117,132 @@ def test_reads_what_bitsandbytes_saves(source, quantized, tmp_path):
         assert torch.equal(NF4().decode(checkpoint.read(spec), torch.bfloat16).float(), theirs)
 
 
+@pytest.fixture(scope="module")
+def int4(source, make_int4, tmp_path_factory):
+    return make_int4(source, tmp_path_factory.mktemp("int4") / "q", 32)
+
+
+def changed(folder, out, change):
+    """A copy of a checkpoint of one shard, its tensors changed by `change`."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_int4_reads_as_quantized_tensors(source, int4):
+    original, checkpoint = Checkpoint.open(source), Checkpoint.open(int4)
+    assert checkpoint.format == Int4(32)
+    assert checkpoint.quantized == {spec.name for spec in checkpoint.inventory if spec.role in quantized_roles()}
+    for spec in checkpoint.inventory:
+        read = checkpoint.read(spec)
+        if spec.name in checkpoint.quantized:
+            assert isinstance(read, QuantizedTensor) and read.levels == "int4"
+            assert torch.equal(Int4(32).decode(read), Int4(32).decode(Int4(32).encode(original.read(spec))))
+            assert checkpoint.stored_nbytes(spec) == Int4(32).nbytes(spec.shape)
+            assert checkpoint.dtype(spec) == torch.int32 and "qweight" in checkpoint.where(spec)
+        else:
+            assert torch.equal(read, original.read(spec))
+    stored = load_file(int4 / "model.safetensors").values()
+    assert checkpoint.total_nbytes == sum(tensor.nbytes for tensor in stored)
+
+
+def test_int4_under_other_tools_names(int4, tmp_path):
+    """Experts as `mlp.experts.E.gate_proj.qweight`."""
+    matrices = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+    def rename(tensors):
+        for name in [name for name in tensors if ".experts." in name]:
+            *head, matrix, part = name.replace("block_sparse_moe", "mlp").split(".")
+            tensors[".".join([*head, matrices[matrix], part])] = tensors.pop(name)
+
+    theirs, ours = Checkpoint.open(changed(int4, tmp_path / "m", rename)), Checkpoint.open(int4)
+    assert theirs.quantized == ours.quantized
+    spec = ours.specs[EXPERT]
+    assert "up_proj.qweight" in theirs.where(spec)
+    assert torch.equal(theirs.read(spec).codes, ours.read(spec).codes)
+
+
+MODULE = EXPERT.removesuffix(".weight")
+
+
+def drop(key):
+    return lambda tensors: tensors.pop(f"{MODULE}.{key}")
+
+
+def put(key, tensor):
+    return lambda tensors: tensors.update({f"{MODULE}.{key}": tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (drop("qweight"), f"tensor {MODULE}.qweight is missing"),
+        (drop("qzeros"), f"{MODULE}.qzeros is missing, part of the 4-bit matrix {EXPERT}"),
+        (drop("g_idx"), f"{MODULE}.g_idx is missing"),
+        (put("scales", torch.zeros(2, 64, dtype=torch.bfloat16)), f"{MODULE}.scales is BF16 .*expected float16"),
+        (put("qweight", torch.zeros(8, 127, dtype=torch.int32)), rf"{MODULE}.qweight is I32 \[8, 127\]"),
+        (put("qweight", torch.zeros(8, 128)), f"{MODULE}.qweight is F32"),
+        (put("weight", torch.zeros(128, 64)), f"{EXPERT} is unknown"),
+        (put("bias", torch.zeros(128)), f"{MODULE}.bias is unknown"),
+    ],
+    ids=["qweight", "qzeros", "g_idx", "dtype", "shape", "kind", "weight", "bias"],
+)
+def test_int4_that_is_not_whole_is_refused(int4, tmp_path, change, text):
+    with pytest.raises(CheckpointError, match=text):
+        Checkpoint.open(changed(int4, tmp_path / "m", change))
+
+
+def test_an_expert_in_16_bit_among_int4_is_refused(int4, tmp_path):
+    def leave(tensors):
+        for key in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{MODULE}.{key}"]
+        tensors[EXPERT] = torch.zeros(128, 64)
+
+    with pytest.raises(CheckpointError, match=f"{EXPERT} is F32 in a checkpoint that claims 4 bit"):
+        Checkpoint.open(changed(int4, tmp_path / "m", leave))
+
+
+def test_a_router_in_int4_is_refused(int4, tmp_path):
+    router = "model.layers.0.block_sparse_moe.gate"
+
+    def pack(tensors):
+        q = Int4(32).encode(torch.cat([tensors.pop(f"{router}.weight").float()] * 2))
+        tensors.update(Int4(32).pack(f"{router}.weight", q))
+
+    with pytest.raises(CheckpointError, match=f"{router}.qweight is 4-bit; routers"):
+        Checkpoint.open(changed(int4, tmp_path / "m", pack))
+
+
+def test_groups_that_do_not_fit_the_model_are_refused(int4, tmp_path):
+    out = changed(int4, tmp_path / "m", lambda tensors: None)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 128
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"self_attn\.qkv_proj\.weight is 192 x 64; int4 needs .*groups of 128"):
+        Checkpoint.open(out)
+
+
+def test_zero_points_of_another_version_are_refused_by_file_and_name(int4, tmp_path):
+    zeros = torch.full((2, 16), -0x77777778, dtype=torch.int32)
+    checkpoint = Checkpoint.open(changed(int4, tmp_path / "m", put("qzeros", zeros)))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {EXPERT}: .*gptq_v2"):
+        checkpoint.read(checkpoint.specs[EXPERT])
+
+
+def test_dummy_in_int4(tiny_config, tmp_path):
+    config = ModelConfig.from_dict(tiny_config())
+    nbytes = write_dummy(config, tmp_path / "m", format=Int4(64))
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    assert checkpoint.format == Int4(64) and checkpoint.total_nbytes == nbytes
+    for name in checkpoint.quantized:
+        std = float(Int4(64).decode(checkpoint.read(checkpoint.specs[name])).std())
+        assert std == pytest.approx(checkpoint.specs[name].shape[-1] ** -0.5, rel=0.21)
+    stored = json.loads((tmp_path / "m" / "quantize_config.json").read_text())
+    assert stored == checkpoint.config.raw["quantization_config"]
+
+
 def test_fingerprint_follows_the_content(source, make_source, tmp_path):
     same = make_source(tmp_path / "same")
     other = make_source(tmp_path / "other", seed=1)
@@ -158,7 +287,9 @@ def test_the_real_model_opens_quickly(tmp_path):
 @pytest.mark.parametrize(
     ("quantization", "text"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits 3"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"}, "gptq_v2"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "4 bit"),
     ],

@@ -216,7 +216,7 @@ def test_relative_error_of_any_shape(rows, columns, double_quant):
 
 
 def test_relative_error_over_several_chunks(monkeypatch):
-    monkeypatch.setattr("minibble.quantize.measure._CHUNK_CPU", 1 << 14)
+    monkeypatch.setattr("minibble.quantize.nf4_math._CHUNK_CPU", 1 << 14)
     test_relative_error_of_any_shape.hypothesis.inner_test(70, 701, True)
 
 

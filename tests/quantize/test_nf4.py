@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minibble.quantize.errors import CheckpointError, ConfigError
-from minibble.quantize.nf4 import FORMATS, NF4
+from minibble.quantize.formats import format_named
+from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import codebook, decode_absmax, dynamic_map
 from minibble.quantize.tensors import QuantizedTensor
 
@@ -287,7 +288,7 @@ def test_untampered_is_accepted() -> None:
 def test_quantization_config_round_trip(double_quant: bool) -> None:
     nf4 = NF4(double_quant=double_quant)
     assert NF4.from_quantization_config(nf4.quantization_config(["lm_head"]), "config.json") == nf4
-    assert FORMATS[nf4.name] == nf4
+    assert format_named(nf4.name) == nf4
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minibble.quantize.checkpoint import Checkpoint
 from minibble.quantize.job import quantize_checkpoint
-from minibble.quantize.verify import verify_checkpoint
+from minibble.quantize.measure import relative_error
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.verify import MAX_RELATIVE_ERROR, verify_checkpoint
+from minibble.quantize.writer import file_sha256
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -122,6 +126,80 @@ def test_codes_of_another_matrix_show_against_the_source(sound, quantized):
     edit(quantized, EXPERT, swap)
     assert verify_checkpoint(quantized).ok
     only_problem(verify_checkpoint(quantized, against=sound / "source"), EXPERT, "relative error")
+
+
+def change_manifest(folder, **changes):
+    manifest = json.loads((folder / "minibble.json").read_text())
+    (folder / "minibble.json").write_text(json.dumps(manifest | changes))
+    return manifest
+
+
+def test_the_error_must_be_that_of_the_manifest(sound, quantized):
+    records = change_manifest(quantized)["quantized"]
+    right = records[EXPERT]["relative_error"]
+    for factor, ok in ((1.005, True), (1.02, False), (0.98, False)):
+        change_manifest(quantized, quantized=records | {EXPERT: {"relative_error": right * factor}})
+        result = verify_checkpoint(quantized, against=sound / "source")
+        assert result.ok == ok
+        if not ok:
+            only_problem(result, EXPERT, f"expected {right * factor:.4g} as in minibble.json")
+
+
+def test_only_calibration_may_cost_more_than_rounding(sound, quantized):
+    """Scales too large, hashes and the manifest's figure to match: no rounding, but perhaps a calibration."""
+    key = f"{EXPERT}.nested_absmax"
+    file = edit(quantized, EXPERT, lambda tensors: tensors[key].mul_(3), manifest=True)
+    manifest = change_manifest(quantized)
+    checkpoint, source = Checkpoint.open(quantized), Checkpoint.open(sound / "source")
+    W = source.read(source.specs[EXPERT])
+    error = relative_error(NF4(), W, checkpoint.read(checkpoint.specs[EXPERT]))
+    assert error > MAX_RELATIVE_ERROR
+    manifest["quantized"][EXPERT] = {"relative_error": error}
+    manifest["shards"][file] = {"nbytes": 0, "sha256": file_sha256(quantized / file)}
+    change_manifest(quantized, **manifest)
+    only_problem(verify_checkpoint(quantized, against=sound / "source"), EXPERT, "expected at most 0.05")
+    change_manifest(quantized, calibration={"text": "a.txt"})
+    assert verify_checkpoint(quantized, against=sound / "source").ok
+
+
+@pytest.mark.parametrize("records", [None, [], {EXPERT: 1}, {EXPERT: {"relative_error": "small"}}], ids=str)
+def test_errors_that_are_not_recorded_are_bounded(sound, quantized, records):
+    change_manifest(quantized, quantized=records)
+    assert verify_checkpoint(quantized, against=sound / "source").ok
+
+
+@pytest.fixture
+def int4(sound, make_int4, tmp_path):
+    return make_int4(sound / "source", tmp_path / "int4", 64)
+
+
+def edit_int4(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+MODULE = EXPERT.removesuffix(".weight")
+
+
+def test_sound_int4(sound, int4):
+    result = verify_checkpoint(int4, against=sound / "source")
+    assert result.ok and result.tensors == 60
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "texts"),
+    [
+        ("scales", float("inf"), ("scales",)),
+        ("scales", 1.0, ("relative error",)),
+        ("qzeros", 0, ("zero points",)),
+        ("g_idx", 1, ("sequential",)),
+        ("qweight", 0x77777777, ("relative error",)),
+    ],
+)
+def test_damaged_int4(sound, int4, key, value, texts):
+    edit_int4(int4, lambda tensors: tensors[f"{MODULE}.{key}"].fill_(value))
+    only_problem(verify_checkpoint(int4, against=sound / "source"), MODULE, *texts)
 
 
 def test_a_kept_tensor_must_be_identical(sound, quantized):

@@ -120,6 +120,20 @@ def test_files_equal_save_file(tmp_path, shards):
     assert set(index["weight_map"].values()) == {shard.filename for shard in shards}
 
 
+def test_extra_json_is_written_before_the_index(tmp_path, shards, monkeypatch):
+    order = []
+    write_atomic = writer_module.write_atomic
+    monkeypatch.setattr(
+        writer_module, "write_atomic", lambda path, data: (order.append(path.name), write_atomic(path, data))
+    )
+    with CheckpointWriter(tmp_path, shards, IDENTITY) as writer:
+        for shard in writer.pending:
+            writer.write_shard(shard, produce(shard))
+        writer.finish({"a": 1}, {"manifest_version": 1}, [], {"quantize_config.json": {"bits": 4}})
+    assert json.loads((tmp_path / "quantize_config.json").read_text()) == {"bits": 4}
+    assert order == ["quantize_config.json", "config.json", "minibble.json", "model.safetensors.index.json"]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_resume_keeps_finished_shards_and_ends_identical(tmp_path, shards, count):
     write(tmp_path / "whole", shards)

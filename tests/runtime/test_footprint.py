@@ -5,12 +5,14 @@ import pytest
 from minibble.quantize.builtin import builtin_config
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import ConfigError
+from minibble.quantize.formats import FORMATS
 from minibble.quantize.inventory import inventory
 from minibble.runtime.footprint import (
     FORMAT_NAMES,
     FORMAT_NOTES,
     PARTS,
     footprint,
+    footprints,
     kv_cache_bytes,
     parameters_by_part,
     part_of,
@@ -40,6 +42,7 @@ def test_parameters_of_the_released_model(real) -> None:
         ("nf4", 260.1, 242.3),
         ("nf4-dq", 239.0, 222.6),
         ("nf4-dq-all", 235.3, 219.2),
+        ("int4-g128", 240.8, 224.3),
     ],
 )
 def test_bytes_of_the_released_model(real, format: str, gb: float, gib: float) -> None:
@@ -72,6 +75,18 @@ def test_routers_and_norms_stay_in_16_bit(real) -> None:
 def test_every_tensor_belongs_to_a_part(real) -> None:
     assert {part_of(spec) for spec in inventory(real)} == set(PARTS)
     assert set(FORMAT_NOTES) == set(FORMAT_NAMES)
+
+
+def test_the_formats_of_a_report_are_those_that_there_are() -> None:
+    assert set(FORMAT_NAMES) == {*FORMATS, "nf4-dq-all"}
+
+
+def test_formats_that_cannot_hold_the_model_are_left_out(tiny_config) -> None:
+    narrow = ModelConfig.from_dict(tiny_config())  # rows of 64
+    assert set(footprints(narrow)) == set(FORMAT_NAMES) - {"int4-g128"}
+    assert set(footprints(ModelConfig.from_dict(tiny_config(hidden_size=128, head_dim=32)))) == set(FORMAT_NAMES)
+    with pytest.raises(ConfigError, match=r"64; int4 needs .* groups of 128"):
+        footprint(narrow, "int4-g128")
 
 
 def test_unknown_format_is_refused(real) -> None:

@@ -34,7 +34,7 @@ def test_builtin_model() -> None:
     assert report["state_bytes"] == 293_601_280 * 2
     assert report["layers"] == {"lightning": 70, "softmax": 10}
     assert report["attention"].index("softmax") == 7
-    assert set(report["formats"]) == {"bf16", "nf4", "nf4-dq", "nf4-dq-all"}
+    assert set(report["formats"]) == {"bf16", "nf4", "nf4-dq", "nf4-dq-all", "int4-g128"}
     assert report["formats"]["nf4-dq"]["parts"] == report["parts"]
     json.dumps(report)
 

@@ -1,6 +1,6 @@
 """y = x W^T with W in 4 bits (or in 16 and more): the one place that chooses how."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from minibble.quantize.errors import CheckpointError
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.linear4.stored import StoredParts
+
+if TYPE_CHECKING:
+    from minibble.runtime.kernels.linear4.gemv import Arrays
 
 
 class Packed(Protocol):
@@ -33,16 +36,16 @@ class ReferencePacked(StoredParts):
 
 def prepare(parts: list[QuantizedTensor], device: torch.device, dtype: torch.dtype) -> Packed:
     """Lay out `parts` (equal K, whole blocks per row, rows in order) on `device` for activations of `dtype`."""
-    assert len({q.shape[1] for q in parts}) == 1, "parts of different widths"
+    assert len({(q.shape[1], q.levels) for q in parts}) == 1, "parts of different widths or levels"
     if parts[0].shape[1] % parts[0].block_size:
         raise CheckpointError(f"rows of {parts[0].shape[1]} weights are not whole blocks of {parts[0].block_size}")
     parts = [q.to(device) for q in parts]
     if reference_forced():
         return ReferencePacked(parts)
     if device.type == "cpu":
-        from minibble.runtime.kernels.linear4 import cpu
+        from minibble.runtime.kernels.linear4 import cpu, cpu_int4
 
-        return cpu.PackedLinear(parts, dtype)
+        return cpu.PackedLinear(parts, dtype) if parts[0].levels == "nf4" else cpu_int4.PackedLinear(parts, dtype)
     from minibble.runtime.kernels.linear4 import cuda
 
     return cuda.PackedLinear(parts)
@@ -51,8 +54,8 @@ def prepare(parts: list[QuantizedTensor], device: torch.device, dtype: torch.dty
 Weight = Tensor | Packed
 
 
-def gemv_arrays(weight: Weight) -> tuple[Any, Any] | None:
-    """Codes and absmax of a matrix that is laid out for the CPU's compiled loop; None for any other."""
+def gemv_arrays(weight: Weight) -> "Arrays | None":
+    """The arrays of a matrix that is laid out for the CPU's compiled loop; None for any other."""
     return getattr(weight, "arrays", None)
 
 

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minibble.quantize.nf4 import NF4
-from minibble.quantize.nf4_math import decode_absmax
+from minibble.quantize.nf4_math import decode, decode_absmax
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.compiled import available
 from minibble.runtime.kernels.linear4 import gemv
-
-GEMV_TOKENS = 2  # from three tokens on, decoding once for all is quicker
 
 
 @cache
@@ -57,11 +54,11 @@ class PackedLinear:
         self.absmax = torch.cat([decode_absmax(q) for q in parts])
         self.fused_state: Any = None
         N, K = self.shape
-        self.arrays: tuple[Any, Any] | None = None
+        self.arrays: gemv.Arrays | None = None
         if dtype == torch.bfloat16 and has_fused() and N % 32 == 0 and K % 64 == 0:
             self._repack()
         elif available() and gemv.suits(N, K, self.block_size):
-            self.arrays = self.codes.numpy(), self.absmax.numpy()
+            self.arrays = gemv.arrays(self.codes, self.absmax, first.levels)
 
     def _repack(self) -> None:
         functional = bitsandbytes()
@@ -83,24 +80,14 @@ class PackedLinear:
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         if self.fused_state is not None:
             return bitsandbytes().gemv_4bit(x, self.codes, state=self.fused_state).to(out_dtype)
-        if self.arrays is not None and x.numel() <= GEMV_TOKENS * self.shape[1] and not x.requires_grad:
-            return self._by_token(x).to(out_dtype)
+        if self.arrays is not None and x.numel() <= gemv.TOKENS * self.shape[1] and not x.requires_grad:
+            return gemv.linear(x, self.arrays, self.shape[0]).to(out_dtype)
         return torch.nn.functional.linear(x, self.decode(x.dtype)).to(out_dtype)
-
-    def _by_token(self, x: Tensor) -> Tensor:
-        N, K = self.shape
-        assert self.arrays is not None
-        x = x.float()
-        if x.numel() == K:
-            return gemv.gemv(*self.arrays, x.view(K), N).view(*x.shape[:-1], N)
-        return torch.stack([gemv.gemv(*self.arrays, row, N) for row in x.reshape(-1, K)]).view(*x.shape[:-1], N)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K]; only for a matrix that was not repacked."""
         if bitsandbytes() is None:
-            return NF4(self.block_size, False).decode(
-                QuantizedTensor(self.shape, self.codes, self.absmax, block_size=self.block_size), dtype
-            )
+            return decode(QuantizedTensor(self.shape, self.codes, self.absmax, block_size=self.block_size), dtype)
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             self.codes, self.absmax, self.block_size, "nf4", self.shape, dtype
         )

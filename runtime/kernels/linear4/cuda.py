@@ -1,4 +1,4 @@
-"""NF4 products on CUDA: decode the matrix into a workspace, multiply with cuBLAS."""
+"""4-bit products on CUDA: decode the matrix into a workspace, multiply with cuBLAS."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from minibble.runtime.kernels.linear4.stored import StoredParts
 
 
 class PackedLinear(StoredParts):
-    """A matrix resident as it is stored, double quantization included."""
+    """A matrix resident as it is stored, second-level scales included."""
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         weight = self.decode(x.dtype)

@@ -4,7 +4,7 @@ from minibble.quantize.tensors import QuantizedTensor
 
 
 class StoredParts:
-    """The rows of one or several NF4 matrices of one width, one under the other: [N, K]."""
+    """The rows of one or several 4-bit matrices of one width, one under the other: [N, K]."""
 
     def __init__(self, parts: list[QuantizedTensor]):
         self.parts = parts

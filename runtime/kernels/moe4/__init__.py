@@ -54,8 +54,12 @@ def moe4(x_ND: Tensor, ids_NA: Tensor, weights_NA: Tensor, experts: Sequence[Exp
 
 
 def _one_token(x_ND: Tensor, chosen: list[Expert], weights_NA: Tensor) -> Tensor:
-    arrays = [(gemv_arrays(one.gate_up.held), gemv_arrays(one.down.held)) for one in chosen]
-    if all(gate_up and down for gate_up, down in arrays) and not x_ND.requires_grad:
+    arrays = [
+        (gate_up, down)
+        for one in chosen
+        if (gate_up := gemv_arrays(one.gate_up.held)) and (down := gemv_arrays(one.down.held))
+    ]
+    if len(arrays) == len(chosen) and not x_ND.requires_grad:
         from minibble.runtime.kernels.moe4 import gemv
 
         y_D = gemv.experts_of_one(x_ND.float().view(-1), arrays, weights_NA[0], chosen[0].down.shape[1])
@@ -66,5 +70,10 @@ def _one_token(x_ND: Tensor, chosen: list[Expert], weights_NA: Tensor) -> Tensor
 
 def expert(x_ND: Tensor, one: Expert) -> Tensor:
     """One expert on the tokens x [N, D]."""
+    return one.down(activations(x_ND, one))
+
+
+def activations(x_ND: Tensor, one: Expert) -> Tensor:
+    """What an expert's `down` receives, [N, F]."""
     gate, up = one.gate_up(x_ND).chunk(2, dim=-1)
-    return one.down(F.silu(gate) * up)
+    return F.silu(gate) * up
