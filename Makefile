@@ -8,7 +8,7 @@ TESTABLE := $(VENV)/.testable
 PACKAGES := minibble quantize runtime calibrate cli
 SOURCES := $(PACKAGES) tests benchmarks tools
 
-.PHONY: demo test check lint docs dev clean
+.PHONY: demo test check lint docs interop dev clean
 
 demo: $(READY)
 	$(BIN)/minibble demo --out .demo
@@ -28,6 +28,10 @@ lint: $(TESTABLE) dev
 docs: $(TESTABLE)
 	$(BIN)/python tools/make_cli_docs.py
 	$(BIN)/python tools/make_performance.py
+
+# The files as other tools read them, each tool in an environment of its own under .interop/.
+interop: $(READY)
+	$(BIN)/python tools/interop.py
 
 # The packages as type checkers look for them: one folder named minibble.
 dev: $(TESTABLE)

@@ -111,7 +111,7 @@ def _to_host(weight: Tensor) -> None:
     assert all_finite(weight)
     q = NF4().encode(weight)
     relative_error(NF4(), weight, q)
-    NF4().pack("w", to_host(q))
+    to_host(NF4().pack("w", q))
 
 
 def _cuda_ms(work: Callable[[Tensor], Any], weights: list[Tensor], repeats: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from minibble.calibrate.datasets import one_line
 from minibble.quantize.errors import CalibrationError, MinibbleError
-from minibble.runtime.chat import _Template
+from minibble.runtime.chat import ChatTemplate
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _EXPECTED = "expected one JSON object a line, with `text` or `messages`"
@@ -131,7 +131,7 @@ class _Chat:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._template: _Template | None = None
+        self._template: ChatTemplate | None = None
 
     def render(self, messages: Any, where: str) -> str:
         """The conversation as text; transformers renders templates in jinja's sandbox, which is not loosened here."""
@@ -141,7 +141,7 @@ class _Chat:
             )
         turns = _turns(messages, where)
         try:
-            self._template = self._template or _Template(self.tokenizer)
+            self._template = self._template or ChatTemplate(self.tokenizer)
             return self._template.render(turns)
         except MinibbleError as error:
             raise CalibrationError(f"{where}: {error}") from error

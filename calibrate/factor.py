@@ -58,6 +58,7 @@ def _upper(H_KK: Tensor, order_K: Tensor, damp: Tensor) -> Tensor:
     """
     turned = order_K.flip(0)
     diagonal = H_KK.diagonal()
+    mean = diagonal.mean() / (1 + damp.item())  # before it was damped
     while True:
         L, info = torch.linalg.cholesky_ex(H_KK[turned][:, turned])
         if int(info) == 0:
@@ -67,4 +68,4 @@ def _upper(H_KK: Tensor, order_K: Tensor, damp: Tensor) -> Tensor:
         damp += more
         if not damp <= MAX_DAMP:
             raise CalibrationError(f"a Hessian is not positive definite even with a damp of {MAX_DAMP:g}")
-        diagonal += more.item() * diagonal.mean()
+        diagonal += more.item() * mean

@@ -20,8 +20,10 @@ from minibble.runtime.kernels.moe4 import activations
 from minibble.runtime.layers import residual
 
 MIN_TOKENS = 4  # an expert that fewer tokens reach is rounded to nearest
-PRIOR_TOKENS = 128  # what the layer's tokens together count in the Hessian of an expert
-PRIOR_SAMPLE = 4096  # of them so many, evenly spread, are looked at
+# The layer's tokens as a whole count in an expert's Hessian as this many tokens for each of its inputs. On the small
+# reference model 1 gave 3 % less KL divergence than 0 where experts had 1 or 4 tokens an input; with 60, no difference.
+PRIOR = 1
+PRIOR_SAMPLE = 8192  # of them so many, evenly spread, are looked at
 
 
 class LayerPass:
@@ -138,9 +140,10 @@ class LayerPass:
             else:
                 to_solve.append(expert)
         modules = [f"moe.experts.{expert}.{kind}" for expert in to_solve]
-        shrinkage = [PRIOR_TOKENS / (PRIOR_TOKENS + len(self._tokens_of[expert])) for expert in to_solve]
-        notes = [{"shrinkage": float(f"{share:.4g}")} for share in shrinkage]
-        return settled | self.matrices.solve(modules, self._expert_hessians(kind, to_solve), tensors, notes)
+        H = self._expert_hessians(kind, to_solve)
+        prior = PRIOR * H.sum_BKK.shape[1]
+        notes = [{"shrinkage": float(f"{prior / (prior + tokens):.4g}")} for tokens in H.tokens]
+        return settled | self.matrices.solve(modules, H, tensors, notes)
 
     def _expert_hessians(self, kind: str, experts: list[int]) -> Hessians:
         """Of the tokens routed to each expert, and of the layer's tokens as a whole as its prior."""
@@ -153,7 +156,7 @@ class LayerPass:
             weights = weights if self.setup.router_weights else torch.ones_like(weights)
             for rows in spans(len(tokens), CHUNK_TOKENS):
                 H.add(b, self._expert_inputs(kind, expert, tokens[rows]), weights[rows])
-            H.add_prior(b, self._expert_inputs(kind, expert, sample), PRIOR_TOKENS * weights.square().mean().item())
+            H.add_prior(b, self._expert_inputs(kind, expert, sample), PRIOR * K * weights.square().mean().item())
         return H
 
     def _expert_inputs(self, kind: str, expert: int, tokens: Tensor) -> Tensor:

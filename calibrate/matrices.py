@@ -72,7 +72,10 @@ class LayerMatrices:
                 "check the source with `minibble verify`"
             )
         W_BKN, rows, dtype = self._stacked(modules, tensors)
-        solved = solve(W_BKN, hessians.sum_BKK, rows, self.setup.format, self.setup.solver, dtype)
+        try:
+            solved = solve(W_BKN, hessians.sum_BKK, rows, self.setup.format, self.setup.solver, dtype)
+        except CalibrationError as error:
+            raise CalibrationError(f"layer {self.index}: {self.names[modules[0]][0]} and its like: {error}") from error
         settled = {}
         for module, tokens, parts, more in zip(modules, hessians.tokens, solved, notes, strict=True):
             for name, part in zip(self.names[module], parts, strict=True):

@@ -20,7 +20,11 @@ from minibble.runtime.plan import CUBLAS_NBYTES
 Place = Literal["gpu", "host", "disk"]
 
 CHUNK_TOKENS = 8192  # tokens that go through a layer at once; more do not make an H200 faster
-EXPERTS_AT_ONCE = 8  # from 4 on, an H200 is busy
+STORES = ("mixed", "sums", "hidden")  # in the order in which they leave a GPU that is too small
+EXPERTS_AT_ONCE = 8
+# Experts at once, and how many stores are in host memory, the quickest first: an H200 is busy from 4 experts on, but
+# sums in host memory cost 14 s a layer.
+WAYS = [(EXPERTS_AT_ONCE, 0), (4, 0), (4, 1), (2, 1), (1, 1), (2, 2), (2, 3), (1, 3)]
 # What the allocator cannot use: with 8 experts on an H200 it took 17 % more than was alive at the peak, 5 % with the
 # segments that the command line asks for.
 FRAGMENTATION = 1.08
@@ -96,13 +100,12 @@ def _available_bytes() -> int:
 def plan_calibration(
     config: ModelConfig, samples: int, seq_len: int, device: torch.device, budget: Budget
 ) -> CalibrationPlan:
-    """The first way that fits of: all on the GPU, stores moving to the host one by one, fewer experts at once.
+    """The first of WAYS that fits; BudgetError names what even the most frugal one lacks.
 
-    Stores that find no room in host memory go to disk. BudgetError names what even the most frugal way lacks.
+    Stores that find no room in host memory go to disk.
     """
-    gpu = device.type == "cuda"
-    ways = [(EXPERTS_AT_ONCE, moved) for moved in range(4)] + [(4, 3), (2, 3), (1, 3)]
-    plans = [_plan(config, samples, seq_len, device, budget, *way) for way in (ways if gpu else [ways[3], *ways[4:]])]
+    ways = WAYS if device.type == "cuda" else [(experts, len(STORES)) for experts in (EXPERTS_AT_ONCE, 4, 2, 1)]
+    plans = [_plan(config, samples, seq_len, device, budget, *way) for way in ways]
     for plan in plans:
         fits_gpu = plan.gpu_bytes <= budget.gpu_bytes
         if fits_gpu and plan.host_bytes <= budget.host_bytes and plan.disk_bytes <= budget.disk_bytes:
@@ -131,21 +134,20 @@ def _plan(
     stores = {"mixed": tokens * HK * itemsize, "sums": tokens * D * 4, "hidden": tokens * D * itemsize}
     work = _work_nbytes(config, chunk * seq_len, experts, itemsize)
     source = 2 * max(experts * 3 * F * D, 5 * HK * D) * 2  # a group in work, the next one being read
-    order = list(stores)
-    places: dict[str, Place] = {name: "host" if number < moved else "gpu" for number, name in enumerate(order)}
+    places: dict[str, Place] = {name: "host" if number < moved else "gpu" for number, name in enumerate(STORES)}
     host = source + (0 if gpu else work)
-    for name in order:
+    for name in STORES:
         if places[name] == "host":
             if host + stores[name] > budget.host_bytes:
                 places[name] = "disk"
             else:
                 host += stores[name]
-    on_gpu = sum(stores[name] for name in order if places[name] == "gpu")
+    on_gpu = sum(stores[name] for name in STORES if places[name] == "gpu")
     return CalibrationPlan(
         tokens, chunk, experts, places["hidden"], places["mixed"], places["sums"],
         gpu_bytes=int(FRAGMENTATION * (work + on_gpu)) + CUBLAS_NBYTES if gpu else 0,
         host_bytes=host,
-        disk_bytes=sum(stores[name] for name in order if places[name] == "disk"),
+        disk_bytes=sum(stores[name] for name in STORES if places[name] == "disk"),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from minibble.quantize.nf4_math import dynamic_map, encode_absmax
 from minibble.quantize.tensors import NESTED_BLOCK
 from minibble.runtime.kernels.feedback import inverse, nearest
 
-_LEAST_HALF = 6.1e-5  # the least normal float16: smaller scales would lose digits
+_LEAST_HALF = 2.0**-24  # the least float16 above 0
 
 
 class Grid(Protocol):

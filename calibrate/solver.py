@@ -30,7 +30,7 @@ FIT_EVERY = 3  # sweeps after which the scales are fitted anew: each third one
 class SolverSettings:
     """How codes are chosen: `damp` times the mean of H's diagonal is added to it; `sweeps` of coordinate descent."""
 
-    damp: float = 0.01
+    damp: float = 0.05
     act_order: bool = True
     sweeps: int = 6
 

@@ -17,7 +17,7 @@ from minibble.calibrate.documents import Documents, read_documents
 from minibble.quantize.builtin import DEMO, demo_path, resolve_source
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import CalibrationError, CheckpointError, ConfigError
-from minibble.runtime.loading import _tokenizer
+from minibble.runtime.loading import load_tokenizer
 
 STDIN = "-"
 DEFAULT_SAMPLES = 128
@@ -87,7 +87,7 @@ def read_calibration(
     _check_settings(samples, seq_len, seed)
     folder = resolve_source(checkpoint)
     vocab_size = ModelConfig.from_file(folder / "config.json").vocab_size
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise CheckpointError(f"{folder}: no tokenizer.json, so no text can be tokenized for it")
     source = DEMO if source is None else source

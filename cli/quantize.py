@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--seq-len", type=int, metavar="T", help="Tokens of a window.  [default: 2048]")
 @click.option("--seed", type=int, metavar="S", help="Which windows.  [default: 0]")
 @click.option("--group-size", type=int, metavar="G", help="Weights that share a scale in int4: 32, 64 or 128.")
-@click.option("--damp", type=float, help="Share of a Hessian's mean diagonal added to it.  [default: 0.01]")
+@click.option("--damp", type=float, help="Share of a Hessian's mean diagonal added to it.  [default: 0.05]")
 @click.option("--act-order/--no-act-order", default=None, help="Feed errors back in the order of activation, or not.")
 @click.option("--sweeps", type=int, help="Sweeps of coordinate descent after error feedback.  [default: 6]")
 @click.option(

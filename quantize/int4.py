@@ -20,7 +20,6 @@ QUANTIZE_CONFIG = "quantize_config.json"
 _PACKED = 8  # codes in an int32
 _ZEROS = 0x77777777  # eight zero points of 8; version 1 of the format stores one less
 _ZEROS_V2 = -0x77777778  # 0x88888888: eight zero points of 8 as version 2 stores them
-_LOW_NIBBLES = 0x0F0F0F0F
 
 
 @dataclass(frozen=True)
@@ -184,5 +183,6 @@ def _module(name: str) -> str:
 
 
 def _swapped(words: Tensor) -> Tensor:
-    """Every byte of int32 words with its nibbles exchanged: files have the first code in the low one."""
-    return ((words & _LOW_NIBBLES) << 4) | ((words >> 4) & _LOW_NIBBLES)
+    """Int32 words, the nibbles of every byte exchanged: files have the first code in the low one."""
+    each = words.reshape(-1).view(torch.uint8)
+    return ((each << 4) | (each >> 4)).view(torch.int32).view(words.shape)

@@ -6,7 +6,7 @@ one tensor in memory at a time; `minibble.calibrate.job` is the way that looks a
 
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from minibble.quantize.inventory import TensorSpec, quantized_roles
 from minibble.quantize.manifest import build_manifest, read_manifest
 from minibble.quantize.measure import all_finite, finite_scales, relative_error
 from minibble.quantize.prefetch import ahead
-from minibble.quantize.settings import DEFAULT_SHARD_SIZE, Settings, make_settings
+from minibble.quantize.settings import Settings, make_settings
 from minibble.quantize.shards import ShardPlan, plan_shards
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.quantize.writer import CheckpointWriter, Produced, file_sha256
@@ -83,11 +83,6 @@ class QuantizeResult:
         return self.totals.get("mean_relative_error", 0.0)
 
 
-def plan_quantize(source: str | Path, out: str | Path, **settings: Any) -> QuantizePlan:
-    """What `quantize_checkpoint` would write, from the source's headers alone; nothing is written."""
-    return NearestJob(source, out, make_settings(**settings), None).plan
-
-
 def quantize_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -97,7 +92,7 @@ def quantize_checkpoint(
     progress: OnProgress | None = None,
     **settings: Any,
 ) -> QuantizeResult:
-    """Write `source` (a folder, or "demo") to the folder `out` as NF4, every weight rounded to nearest.
+    """Write `source` (a folder, or "demo") to the folder `out` in 4 bits, every weight rounded to nearest.
 
     4-bit are all expert and attention matrices; router, norms, embedding and head keep their dtype unless asked
     otherwise. `settings` are those of `make_settings`. `device` is where weights are encoded (None: the GPU if there
@@ -179,7 +174,7 @@ class Job:
 
     def packed(self, name: str, q: QuantizedTensor, record: dict[str, Any]) -> Produced:
         """A 4-bit matrix to store, wherever it is now."""
-        return Produced(name, self.format.pack(name, to_host(q)), record)
+        return Produced(name, to_host(self.format.pack(name, q)), record)
 
     def reporter(self, specs: list[TensorSpec], progress: OnProgress | None) -> Callable[[TensorSpec], None]:
         """A function to call after each of `specs`, all that is still to be done."""
@@ -286,17 +281,17 @@ class NearestJob(Job):
         return self.write(resume, produce)
 
 
-def to_host(q: QuantizedTensor) -> QuantizedTensor:
-    """`q` on the CPU; from a GPU through pinned memory, several times faster than pageable."""
-    if q.device.type != "cuda":
-        return q
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` on the CPU; from a GPU through pinned memory, several times faster than pageable."""
 
     def pinned(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    nested = None if q.nested_absmax is None else pinned(q.nested_absmax)
-    host = replace(q, codes=pinned(q.codes), absmax=pinned(q.absmax), nested_absmax=nested)
-    torch.cuda.synchronize(q.device)
+    host = {name: pinned(tensor) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
     return host
 
 

@@ -19,7 +19,7 @@ class Conversation:
     def __init__(self, model: Any, sampling: Sampling | None = None, max_new_tokens: int = 256):
         self.model, self.sampling, self.max_new_tokens = model, sampling, max_new_tokens
         self.tokenizer = require_tokenizer(model)
-        self._template = _Template(self.tokenizer)
+        self._template = ChatTemplate(self.tokenizer)
         self.messages: list[tuple[str, str]] = []
         self._ids: list[int] = []
         self._rendered = ""
@@ -62,7 +62,7 @@ class Conversation:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-class _Template:
+class ChatTemplate:
     """The tokenizer's chat template: its way of writing messages, and the token that ends a reply."""
 
     def __init__(self, tokenizer: Any):

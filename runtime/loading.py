@@ -47,7 +47,7 @@ def load(
     _check_complete(model)
     model.eval().requires_grad_(False)
     model.checkpoint = checkpoint
-    model.tokenizer = _tokenizer(checkpoint.path)
+    model.tokenizer = load_tokenizer(checkpoint.path)
     _generation_config(model, checkpoint.path)
     return model
 
@@ -117,7 +117,8 @@ def _check_complete(model: MiniMaxForCausalLM) -> None:
     assert not missing, f"weights without a tensor: {missing[:3]}"
 
 
-def _tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of the checkpoint folder `path`; None where there is no tokenizer.json."""
     if not (path / "tokenizer.json").is_file():
         return None
     from transformers import PreTrainedTokenizerFast

@@ -70,7 +70,6 @@ def test_what_is_not_positive_definite_is_damped_more() -> None:
     assert float((U.T @ U - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="each step takes its share of a diagonal that earlier steps have raised")
 def test_the_damp_reported_is_the_damp_taken() -> None:
     """As a share of the mean of the diagonal that the Hessian came with."""
     H = torch.eye(8)[None].clone()
@@ -79,9 +78,24 @@ def test_the_damp_reported_is_the_damp_taken() -> None:
     assert H[0].diagonal().tolist() == pytest.approx([1 + taken] * 8, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "damp",
+    [
+        pytest.param(damp, marks=pytest.mark.xfail(strict=True, reason="the sum of the steps ends above 100"))
+        if damp < 0.01
+        else damp
+        for damp in (0.0, 0.001, 0.01, 0.1)
+    ],
+)
+def test_the_limit_itself_is_allowed(damp: float) -> None:
+    H = torch.eye(2)[None].clone()
+    H[0, 0, 1] = H[0, 1, 0] = 50
+    assert factor(damped(H, damp), damp, False).damp_B.item() == pytest.approx(MAX_DAMP)
+
+
 @pytest.mark.parametrize("damp", [0.0, 0.01])
 def test_fewer_tokens_than_inputs(damp: float) -> None:
-    """A Hessian of rank 5: with damping it factors at once, without at the first that is enough for float32."""
+    """A Hessian of rank 5: with damping it factors at once, without it with what float32 needs."""
     H = damped(hessians(B=1, tokens=5, rank=5), damp)
     factored = factor(H, damp, True)
     assert factored.damp_B.item() == damp if damp else 0 <= factored.damp_B.item() < 1e-2

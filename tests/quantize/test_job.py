@@ -14,10 +14,11 @@ from minibble.quantize.config import ModelConfig
 from minibble.quantize.dummy import write_dummy
 from minibble.quantize.errors import CheckpointError, ConfigError
 from minibble.quantize.inventory import inventory, quantized_roles
-from minibble.quantize.job import plan_quantize, quantize_checkpoint
+from minibble.quantize.job import NearestJob, quantize_checkpoint
 from minibble.quantize.measure import all_finite, relative_error
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.prefetch import ahead
+from minibble.quantize.settings import make_settings
 from minibble.quantize.shards import plan_shards
 from minibble.quantize.verify import verify_checkpoint
 
@@ -52,7 +53,7 @@ def test_everything_is_there(source, result):
 
 
 def test_the_plan_is_what_is_written(source, result):
-    plan = plan_quantize(source, shard_size="40kB")
+    plan = NearestJob(source, result.out, make_settings(shard_size="40kB"), "cpu").plan
     checkpoint = Checkpoint.open(result.out)
     assert plan == result.plan
     assert plan.output_bytes == checkpoint.total_nbytes
@@ -171,11 +172,11 @@ def test_what_is_refused(source, result, tmp_path):
             quantize_checkpoint(source, out)
         assert "model.safetensors.index.json" in snapshot(source) and not (source / "inside").exists()
     with pytest.raises(ConfigError, match="'int3'"):
-        plan_quantize(source, method="int3")
+        make_settings("int3")
     with pytest.raises(ConfigError, match="shard size"):
-        plan_quantize(source, shard_size="0GB")
+        quantize_checkpoint(source, tmp_path / "q", shard_size="0GB")
     with pytest.raises(CheckpointError, match="no such folder"):
-        plan_quantize(tmp_path / "nowhere")
+        quantize_checkpoint(tmp_path / "nowhere", tmp_path / "q")
 
 
 def test_code_and_auto_map_are_left_behind(make_source, tiny_config, tmp_path):

@@ -4,8 +4,8 @@ For bfloat16 activations torch's own kernel multiplies from the codes, where it 
 exact but not vectorised, so float32 goes the way of NF4: one or two tokens through the compiled loop (gemv.py, where
 numba is installed), more through the decoded matrix.
 
-6144 x 9216 in groups of 128, one thread with AVX2, one token: torch's kernel 9 ms in bfloat16 and 130 ms in float32,
-the compiled loop 22 ms, decoding and multiplying 170 ms. Relative error to float64: torch's kernel in bfloat16 2.2e-3
+6144 x 9216 in groups of 128, one thread with AVX2, one token: torch's kernel 9 ms in bfloat16 and 145 ms in float32,
+the compiled loop 22 ms, decoding and multiplying 190 ms. Relative error to float64: torch's kernel in bfloat16 2.2e-3
 (1.7e-3 from rounding the result, the rest from rounding the scales; decoded to bfloat16 it is 2.3e-3), the others 1e-6.
 """
 
