@@ -8,8 +8,8 @@ from minibble.cli.heatmap import STYLE, HeatCell, LogScale, heat_map, ramp_style
 from minibble.runtime.quality import Cell, ExpertFeed, MatrixRecord, Quality
 
 LISTED = 20
-# Every expert's Hessian may be shrunk a little; from this share on the layer's mean is worth a mark.
-NOTABLE_SHRINKAGE = 0.1
+# Every Hessian of an expert is shrunk somewhat; from here on the layer's mean counts more than the expert's tokens.
+NOTABLE_SHRINKAGE = 0.5
 # Settings that the report shows elsewhere, or that say nothing about quality.
 _UNSHOWN = ("method", "shard_size", "quantize_head", "quantize_embedding")
 _MEASURES = {"output_error": "output error", "relative_error": "relative error"}

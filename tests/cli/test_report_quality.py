@@ -119,7 +119,7 @@ def test_page_of_a_calibrated_checkpoint(calibrated_checkpoint: Path) -> None:
     assert drawing.marks["Mean output error by layer and matrix"] == ["mark"] * 3
     tips = [tip for _, tip, _ in tokens]
     assert "layer 1, expert 0: 3 tokens (0.0018 × even); w1, w2, w3 rounded to nearest" in tips
-    assert any(tip.startswith("layer 0, expert 1: ") and tip.endswith("; Hessian shrunk by 30 %") for tip in tips)
+    assert any(tip.startswith("layer 0, expert 1: ") and tip.endswith("; Hessian shrunk by 60 %") for tip in tips)
     assert sorted(drawing.marks["Tokens by layer and expert"]) == ["dot", "mark"]
     assert "layer 1, expert 0, w1, w2, w3: " in text
     assert "3 tokens, fewer than 4: nearest rounding" in text
@@ -201,7 +201,7 @@ def test_terminal(cli, calibrated_checkpoint: Path, monkeypatch) -> None:
         r"  mean output error 0\.00\d\d \(relative 0\.0090\), largest 0\.013 in layer 1, expert 0, w1", errors
     )
     assert feed.startswith(
-        "  3 matrices rounded to nearest; Hessian shrunk ≥ 10 %: 3; least fed: layer 1, expert 0, 3 tokens"
+        "  3 matrices rounded to nearest; Hessian shrunk ≥ 50 %: 3; least fed: layer 1, expert 0, 3 tokens"
     )
     monkeypatch.setattr("minibble.cli.output.PIPE_WIDTH", 80)
     assert max(map(len, cli("report", calibrated_checkpoint).stdout.splitlines())) <= 80

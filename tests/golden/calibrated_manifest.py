@@ -49,7 +49,7 @@ def calibrated(config: ModelConfig, manifest: dict[str, Any] | None = None) -> d
         if seen == 3:
             record |= {"output_error": 0.0125, "fallback": "3 tokens, fewer than 4: nearest rounding"}
         elif (spec.layer, spec.expert) == (0, 1):
-            record["shrinkage"] = 0.3
+            record["shrinkage"] = 0.6
         elif spec.expert is not None:
             record["shrinkage"] = 0.02
         quantized[spec.name] = record
