@@ -99,7 +99,7 @@ def open_job(
 
     `method` is `nf4` or `gptq` (int4 in groups of `group_size`). `nf4` rounds to nearest unless a `calibration` text is
     given; `gptq` always calibrates, by default on the built-in text. `options` are those of `Options`: samples,
-    seq_len, seed, damp, act_order, sweeps, strict, gpu_memory.
+    seq_len, seed, damp, act_order, sweeps, router_weights, strict, gpu_memory.
     """
     settings = make_settings(
         method, group_size=group_size, double_quant=double_quant, quantize_head=quantize_head,

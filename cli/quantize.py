@@ -66,7 +66,7 @@ def command(
     text runs through the model layer by layer, and codes are chosen so that what each layer gives is kept: better by
     far, in files of the same size. It takes some 40 GB of memory for the released model, and 24 GB of GPU memory.
     """
-    # Segments that grow: the plan's bytes are then what is taken, but for 5 % instead of 17.
+    # Segments that grow: the plan's bytes are then what is taken, but for 4 % instead of 17.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from minibble.calibrate.job import open_job
 

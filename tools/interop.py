@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,10 +69,23 @@ class Row:
 HEAD = ("tool", "read by", "checkpoint", "compared in", "number", "")
 
 
-def make_checkpoint(folder: Path, settings: dict[str, Any]) -> None:
-    """A 4-bit checkpoint of the built-in model in `folder / "files"`, and beside it its matrices, decoded."""
-    quantize("demo", folder / "files", device="cpu", **settings)
-    checkpoint = Checkpoint.open(folder / "files")
+def make_checkpoints(tools: Sequence[Tool], scratch: Path) -> dict[str, Path]:
+    """The checkpoints that any of `tools` reads: a folder for each label, `files` and their decoded matrices in it."""
+    folders: dict[str, Path] = {}
+    for label, settings in CHECKPOINTS.items():
+        if any(settings["method"] in tool.methods for tool in tools):
+            started = time.monotonic()
+            folders[label] = scratch / str(len(folders))
+            folders[label].mkdir()
+            quantize("demo", folders[label] / "files", device="cpu", **settings)
+            write_references(folders[label] / "files", folders[label])
+            note(f"{label}: made in {time.monotonic() - started:.0f} s")
+    return folders
+
+
+def write_references(files: Path, folder: Path) -> None:
+    """Every 4-bit matrix of the checkpoint `files` as minibble decodes it: a file in `folder` for each of DTYPES."""
+    checkpoint = Checkpoint.open(files)
     assert checkpoint.format is not None
     for dtype in DTYPES:
         decoded = {}
@@ -93,6 +107,7 @@ def check(tool: Tool, python: Path, folder: Path, label: str) -> tuple[list[Row]
     except subprocess.TimeoutExpired:
         return [Row(tool.title, "-", label, "-", 0, {"no answer": f"within {CHECK_LIMIT_S} s"})], ""
     if done.returncode:
+        note(done.stderr)
         last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
         return [Row(tool.title, "-", label, "-", 0, {f"ended with {done.returncode}": last})], ""
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -153,18 +168,12 @@ def main() -> int:
     parser.add_argument("--torch", default=importlib.metadata.version("torch"), help="version  [default: %(default)s]")
     parser.add_argument("--limit", type=float, default=900, help="seconds for making an environment  [default: 900]")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no installation is left running
     tools = [tool for tool in TOOLS if options.tools is None or tool.name in options.tools]
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="minibble-interop-") as scratch:
-        folders: dict[str, Path] = {}
-        for label, settings in CHECKPOINTS.items():
-            if any(settings["method"] in tool.methods for tool in tools):
-                started = time.monotonic()
-                folders[label] = Path(scratch) / str(len(folders))
-                folders[label].mkdir()
-                make_checkpoint(folders[label], settings)
-                note(f"{label}: made in {time.monotonic() - started:.0f} s")
+        folders = make_checkpoints(tools, Path(scratch))
         for tool in tools:
             try:
                 rows += run_tool(tool, folders, options.environments.resolve(), options.torch, options.limit)

@@ -10,16 +10,12 @@ the matrices [N, K] as minibble decodes them, in a safetensors file for each dty
 import contextlib
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-# gptqmodel has its decoding compiled, for each of some hundred modules; it does the same without.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 from safetensors.torch import load_file

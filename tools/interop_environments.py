@@ -47,8 +47,16 @@ TOOLS = (
         ("--no-build-isolation",),
         {"BUILD_CUDA_EXT": "0"},
     ),
-    # The last release that does not ask for a newer torch than the project's.
-    Tool("gptqmodel", "7.6.0", ("gptq",), ("transformers==5.23.0",), (), {"GPTQMODEL_CPU_WORKERS": "2"}),
+    # The last release that does not ask for a newer torch than the project's. It has its decoding compiled, for each
+    # module anew; the same operations run without.
+    Tool(
+        "gptqmodel",
+        "7.6.0",
+        ("gptq",),
+        ("transformers==5.23.0",),
+        (),
+        {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"},
+    ),
 )
 
 

@@ -31,7 +31,7 @@ from minibble.quantize.writer import file_sha256
 
 Config = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
-SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seq_len": SEQ_LEN, "sweeps": 1, "device": "cpu"}
+SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seq_len": SEQ_LEN, "damp": 0.01, "sweeps": 1, "device": "cpu"}
 SMALL = "9kB"  # several shards a layer
 EXPERT = f"model.layers.1.block_sparse_moe.experts.{ONCE + 2}.w1.weight"
 

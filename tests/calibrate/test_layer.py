@@ -18,6 +18,7 @@ from torch import Tensor
 import minibble
 from minibble.calibrate import job
 from minibble.calibrate.layer import MIN_TOKENS, PRIOR
+from minibble.calibrate.solver import SolverSettings
 from minibble.calibrate.stores import Stores
 from minibble.calibrate.text import read_calibration
 from minibble.quantize.checkpoint import Checkpoint
@@ -122,7 +123,7 @@ def test_attention_is_solved_for_what_it_receives(run: Run, layer: int, module: 
     for tensor, weight, q in matrices(run, name):
         record = run.manifest["quantized"][tensor]
         assert record["output_error"] == pytest.approx(output_error(weight, q, H), rel=1e-4), tensor
-        assert record["tokens"] == TOKENS and record["damp"] == 0.01 and "shrinkage" not in record
+        assert record["tokens"] == TOKENS and record["damp"] == SolverSettings.damp and "shrinkage" not in record
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

@@ -19,8 +19,9 @@ from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode_absmax, level_table
 from minibble.quantize.tensors import QuantizedTensor
 
-FEEDBACK = SolverSettings(sweeps=0)
-REFITTED = SolverSettings(sweeps=solver.FIT_EVERY + 1)
+DAMP = 0.01
+FEEDBACK = SolverSettings(damp=DAMP, sweeps=0)
+REFITTED = SolverSettings(damp=DAMP, sweeps=solver.FIT_EVERY + 1)
 CASES: list[tuple[Format, int]] = [
     (NF4(), 64),
     (NF4(), 320),
@@ -89,7 +90,7 @@ def test_equals_the_papers_loop_in_float64(format: Format, K: int, act_order: bo
     p = make_problem(K, dead=(0, 9, K - 1))
     parts, _ = p.solve(format, replace(FEEDBACK, act_order=act_order))
     for b, [part] in enumerate(parts):
-        H = oracle.damped(p.H[b], 0.01)
+        H = oracle.damped(p.H[b], DAMP)
         chosen = oracle.feedback(p.W[b], H, scales_of(part.q), group_of(format, K), table(format), act_order)
         order = np.argsort(-np.diag(H), kind="stable") if act_order else np.arange(K)
         rows, margin = oracle.differing_rows(codes_of(part.q), chosen, order)
@@ -98,7 +99,7 @@ def test_equals_the_papers_loop_in_float64(format: Format, K: int, act_order: bo
         W, Q = p.W[b][same], values(format, part.q)[same]
         expected = oracle.objective(W, chosen.Q[same], H)
         assert oracle.objective(W, Q, H) == pytest.approx(expected, rel=1e-6)
-        assert part.damp == 0.01
+        assert part.damp == DAMP
 
 
 @pytest.mark.parametrize(("format", "K"), CASES, ids=NAMES)
@@ -106,7 +107,7 @@ def test_beats_rounding_by_the_loops_factor(format: Format, K: int) -> None:
     p = make_problem(K, noise=0.05)
     parts, _ = p.solve(format, FEEDBACK)
     for b, [part] in enumerate(parts):
-        H, scales = oracle.damped(p.H[b], 0.01), scales_of(part.q)
+        H, scales = oracle.damped(p.H[b], DAMP), scales_of(part.q)
         loop = oracle.feedback(p.W[b], H, scales, group_of(format, K), table(format), True)
         nearest = oracle.rounded(p.W[b], scales, group_of(format, K), table(format))
         before = oracle.objective(p.W[b], nearest.Q, H)
@@ -170,8 +171,8 @@ def test_more_sweeps_never_cost(format: Format, K: int) -> None:
     p = make_problem(K, N=9)
     course, scales = [], []
     for sweeps in (0, 1, solver.FIT_EVERY, solver.FIT_EVERY + 1, solver.FIT_EVERY + 2):
-        parts, _ = p.solve(format, SolverSettings(sweeps=sweeps))
-        found = [(part.q, p.W[b], oracle.damped(p.H[b], 0.01)) for b, [part] in enumerate(parts)]
+        parts, _ = p.solve(format, replace(FEEDBACK, sweeps=sweeps))
+        found = [(part.q, p.W[b], oracle.damped(p.H[b], DAMP)) for b, [part] in enumerate(parts)]
         course.append([oracle.objective(W, values(format, q), H) for q, W, H in found])
         scales.append(scales_of(found[0][0]))
     assert (np.diff(course, axis=0) <= 1e-6 * np.array(course[:-1])).all(), course
@@ -216,7 +217,7 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more(format: Format) 
     lowest = np.linalg.eigvalsh(p.H[0])[0]
     shift = lowest + 0.04 * np.diag(p.H[0]).mean()
     p.H[0] -= shift * np.eye(128)
-    parts, _ = p.solve(format, SolverSettings(sweeps=2))
-    assert parts[0][0].damp > 0.01 == parts[1][0].damp
-    alone, _ = Problem(p.W[1:], p.H[1:]).solve(format, SolverSettings(sweeps=2))
+    parts, _ = p.solve(format, replace(FEEDBACK, sweeps=2))
+    assert parts[0][0].damp > DAMP == parts[1][0].damp
+    alone, _ = Problem(p.W[1:], p.H[1:]).solve(format, replace(FEEDBACK, sweeps=2))
     assert torch.equal(alone[0][0].q.codes, parts[1][0].q.codes)
