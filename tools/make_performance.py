@@ -168,11 +168,15 @@ def decode_cpu() -> str:
 
 
 def rest() -> str:
-    kills, imports = read("kill_resume"), read("import_time")
+    kills, calibrated, imports = read("kill_resume"), read("kill_resume_calibrated"), read("import_time")
     rows = [
         [
             "`benchmarks/kill_resume.py`",
             f"{kills['identical']} of {len(kills['trials'])} killed jobs ended byte-identical",
+        ],
+        [
+            "the same, calibrated on the built-in model",
+            f"{calibrated['identical']} of {len(calibrated['trials'])} killed jobs ended byte-identical",
         ],
         ["`benchmarks/import_time.py`", f"`import minibble` takes {1000 * imports['import_s']:.0f} ms"],
     ]

@@ -260,6 +260,18 @@ def residual_form(p: Problem, b: int, codes: Tensor, scales: oracle.Array) -> or
     return E @ p.H[b] @ E.T
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_beside_every_midpoint(kind: Levels) -> None:
+    """At each midpoint, one float32 to either side of it, at every level, far outside, and anywhere."""
+    levels = level_table(kind)
+    middles = (levels[:-1] + levels[1:]) / 2
+    beside = [torch.nextafter(middles, torch.full_like(middles, way)) for way in (-100.0, 100.0)]
+    anywhere = 12 * torch.rand(20_000, generator=torch.Generator().manual_seed(0)) - 6
+    x = torch.cat([middles, *beside, levels, torch.tensor([-1e30, 1e30]), anywhere * levels.abs().max() / 8])
+    assert torch.equal(feedback.nearest(x, levels).long(), (x[:, None] > middles).sum(dim=1))
+    assert torch.equal(feedback.nearest(x[:100].view(4, 25), levels).view(-1), feedback.nearest(x[:100], levels))
+
+
 def test_small_parts() -> None:
     """What the loops are surrounded by, against one line of float64 each; a block border lies within."""
     p = make_problem("int4", 160, 5, 32)
