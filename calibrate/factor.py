@@ -64,8 +64,8 @@ def _upper(H_KK: Tensor, order_K: Tensor, damp: Tensor) -> Tensor:
         if int(info) == 0:
             eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
             return torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
-        more = damp * (DAMP_STEP - 1) if damp > 0 else torch.tensor(1e-6, dtype=torch.float64)
-        damp += more
+        before = damp.item()
+        damp.fill_(float(f"{before * DAMP_STEP:.6g}") if before > 0 else 1e-6)
         if not damp <= MAX_DAMP:
             raise CalibrationError(f"a Hessian is not positive definite even with a damp of {MAX_DAMP:g}")
-        diagonal += more.item() * mean
+        diagonal += (damp.item() - before) * mean

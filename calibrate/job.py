@@ -131,7 +131,7 @@ class CalibratedJob(Job):
             options.text, self.source.path, samples=options.samples, seq_len=options.seq_len, seed=options.seed
         )
         config, device = self.source.config, self.device
-        budget = free_budget(device, self.out, options.gpu_memory)
+        budget = free_budget(device, self.out, self.plan.output_bytes, options.gpu_memory)
         self.memory = plan_calibration(config, self.text.samples, self.text.seq_len, device, budget)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.setup = Setup(

@@ -75,17 +75,18 @@ class CalibrationPlan:
         )
 
 
-def free_budget(device: torch.device, folder: Path, gpu_memory: int | None) -> Budget:
-    """What is free now; `gpu_memory` in bytes bounds the GPU's share."""
+def free_budget(device: torch.device, folder: Path, output_bytes: int, gpu_memory: int | None) -> Budget:
+    """What is free now, beside the output in `folder`; `gpu_memory` in bytes bounds the GPU's share."""
     gpu = 0
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(device)
         gpu = int(_SPARE * free) if gpu_memory is None else gpu_memory
-        if gpu > total:
-            raise BudgetError(f"{device} has {decimal(total)} in all, fewer than the {decimal(gpu)} allowed")
+        if gpu > free:
+            raise BudgetError(f"{device} has {decimal(free)} free, fewer than the {decimal(gpu)} allowed: allow fewer")
     while not folder.exists():
         folder = folder.parent
-    return Budget(gpu, int(_SPARE * _available_bytes()), int(_SPARE * shutil.disk_usage(folder).free))
+    disk = max(0, int(_SPARE * shutil.disk_usage(folder).free) - output_bytes)
+    return Budget(gpu, int(_SPARE * _available_bytes()), disk)
 
 
 def _available_bytes() -> int:
@@ -111,15 +112,15 @@ def plan_calibration(
         if fits_gpu and plan.host_bytes <= budget.host_bytes and plan.disk_bytes <= budget.disk_bytes:
             return plan
     least = plans[-1]
-    for what, needed, free in (
-        (str(device), least.gpu_bytes, budget.gpu_bytes),
-        ("host memory", least.host_bytes, budget.host_bytes),
-        ("the disk", least.disk_bytes, budget.disk_bytes),
+    for what, needed, free, remedy in (
+        (str(device), least.gpu_bytes, budget.gpu_bytes, "allow more, take another device, or a smaller --seq-len"),
+        ("host memory", least.host_bytes, budget.host_bytes, "take fewer --samples, or a smaller --seq-len"),
+        ("the disk", least.disk_bytes, budget.disk_bytes, "make room, or take fewer --samples"),
     ):
         if needed > free:
             raise BudgetError(
                 f"calibrating with {samples} x {seq_len} tokens needs {decimal(needed)} of {what}, "
-                f"{decimal(needed - free)} more than there is: take fewer --samples, or a smaller --seq-len"
+                f"{decimal(needed - free)} more than there is: {remedy}"
             )
     raise AssertionError("a plan that fits nowhere lacks something")
 

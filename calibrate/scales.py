@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from minibble.quantize.errors import CalibrationError
 from minibble.quantize.formats import Format
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import dynamic_map, encode_absmax
@@ -96,7 +97,9 @@ class DoubleQuantizedGrid:
 
 
 def grid_for(format: Format, scale_BGN: Tensor, parts: list[int]) -> Grid:
-    """The grid on which `format` stores scales like these."""
+    """The grid on which `format` stores scales like these; CalibrationError if they are beyond it."""
     if not isinstance(format, NF4):
+        if scale_BGN.max() > torch.finfo(torch.float16).max:
+            raise CalibrationError(f"a scale is {scale_BGN.max():.3g}, more than the float16 of GPTQ's files holds")
         return Float16Grid()
     return DoubleQuantizedGrid.of(scale_BGN, parts) if format.double_quant else Float32Grid()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minibble.calibrate.factor import Factored, damped, factor
 from minibble.calibrate.scales import Grid, grid_for
+from minibble.quantize.errors import CalibrationError
 from minibble.quantize.formats import Format
 from minibble.quantize.nf4_math import join_nibbles, level_table
 from minibble.quantize.tensors import QuantizedTensor
@@ -53,11 +54,14 @@ def solve(
 ) -> list[list[Part]]:
     """For each of the B matrices its stored parts, of so many `rows` each; `dtype` is that of the source.
 
-    `W_BKN` and `H_BKK`, float32 on one device, are overwritten. Raises CalibrationError if an H cannot be factored.
+    `W_BKN` and `H_BKK`, float32 on one device, are overwritten. Raises CalibrationError if an H cannot be factored, and
+    for weights beyond what the format or float32 holds.
     """
     levels = level_table(format.levels, W_BKN.device)
     with tf32(W_BKN.device):
         energy_BN, seen_BN = _energy(W_BKN), quadratic(H_BKK, W_BKN)
+    if not bool(torch.isfinite(energy_BN).all() & torch.isfinite(seen_BN).all()):
+        raise CalibrationError("the squares of weights or of outputs are beyond float32")
     undamped = H_BKK.diagonal(dim1=1, dim2=2).clone()
     damped(H_BKK, settings.damp)
     factored = factor(H_BKK, settings.damp, settings.act_order)

@@ -1,5 +1,6 @@
 """The activations of all calibration tokens: on the GPU, in host memory or in a file, as the plan says."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -35,6 +36,8 @@ def make_stores(setup: Setup, folder: Path) -> Stores:
             return torch.empty(shape, dtype=dtype)
         path = partial_path(folder / f"activations-{name}")
         try:
+            with open(path, "wb") as file:  # room is taken now: a full disk would kill whoever writes to the mapping
+                os.posix_fallocate(file.fileno(), 0, prod(shape) * dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(shape)
         finally:
             path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +144,13 @@ def test_folders_are_one_module_object() -> None:
 
     assert Path(minibble.quantize.errors.__file__ or "").parent == ROOT / "quantize"
     assert Path(minibble.runtime.__file__ or "").parent == ROOT / "runtime"
+
+
+def test_every_package_is_installed() -> None:
+    """A wheel holds the packages that pyproject.toml names; an editable install would not miss one."""
+    named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"minibble"}
+    for folder in ("quantize", "runtime", "calibrate", "cli"):
+        for path in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join(("minibble", *path.parent.relative_to(ROOT).parts)))
+    assert named == found

@@ -102,7 +102,7 @@ def check_shortfall(
     """The tier named has less than is needed, by what is said; with more of each tier named in turn there is a plan."""
     tiers = {str(device): "gpu_bytes", "host memory": "host_bytes", "the disk": "disk_bytes"}
     for _ in tiers:
-        match = re.fullmatch(r".* needs (.+?) of (.+?), (.+?) more than there is: take fewer --samples.*", message)
+        match = re.fullmatch(r".* needs (.+?) of (.+?), (.+?) more than there is: \w.*", message)
         assert match, message
         tier = tiers[match[2]]
         needed, missing, free = parse_size(match[1]), parse_size(match[3]), getattr(budget, tier)
@@ -160,7 +160,7 @@ def test_the_real_model() -> None:
     small = plan_calibration(RELEASED, samples, seq_len, CUDA, Budget(10**10, 10**11, 0))
     disk = plan_calibration(RELEASED, samples, seq_len, CUDA, Budget(10**10, small.host_bytes - 10**9, 10**11))
     assert "host" in (small.hidden, small.mixed, small.sums) and "disk" in (disk.hidden, disk.mixed, disk.sums)
-    with pytest.raises(BudgetError, match=r"needs .* GB of cuda, .* more than there is: take fewer --samples"):
+    with pytest.raises(BudgetError, match=r"needs .* GB of cuda, .* more than there is: allow more"):
         plan_calibration(RELEASED, samples, seq_len, CUDA, Budget(10**9, 10**11, 0))
     assert " on disk" in disk.describe() and f"{small.experts_at_once} experts" in small.describe()
     assert "of GPU memory" in small.describe() and "of disk" not in small.describe()
@@ -177,13 +177,13 @@ def test_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return disk
 
     monkeypatch.setattr(planning.shutil, "disk_usage", disk_usage)
-    found = free_budget(CPU, tmp_path / "a" / "b", None)
-    assert asked == [tmp_path] and found.gpu_bytes == 0 and found.disk_bytes == 9 * 10**10
+    found = free_budget(CPU, tmp_path / "a" / "b", 10**10, None)
+    assert asked == [tmp_path] and found.gpu_bytes == 0 and found.disk_bytes == 8 * 10**10
     with open("/proc/meminfo", encoding="ascii") as file:
         total = 1024 * int(file.readline().split()[1])
     assert 0 < found.host_bytes < total
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 4 * 10**10))
-    assert free_budget(CUDA, tmp_path, None).gpu_bytes == 9 * 10**9
-    assert free_budget(CUDA, tmp_path, 5 * 10**9).gpu_bytes == 5 * 10**9
-    with pytest.raises(BudgetError, match=r"40\.0 GB in all"):
-        free_budget(CUDA, tmp_path, 5 * 10**10)
+    assert free_budget(CUDA, tmp_path, 0, None).gpu_bytes == 9 * 10**9
+    assert free_budget(CUDA, tmp_path, 0, 5 * 10**9).gpu_bytes == 5 * 10**9
+    with pytest.raises(BudgetError, match=r"10\.0 GB free"):
+        free_budget(CUDA, tmp_path, 0, 5 * 10**10)

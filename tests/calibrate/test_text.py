@@ -81,7 +81,7 @@ def refusal(kind: type[MinibbleError], source: Any, checkpoint: Path, **settings
 def test_the_default_is_the_built_in_text_for_the_built_in_model() -> None:
     found = read_calibration(None, demo_path())
     content = (demo_path() / "calibration.txt").read_bytes().decode()
-    model = SimpleNamespace(tokenizer=text._tokenizer(demo_path()))
+    model = SimpleNamespace(tokenizer=text.load_tokenizer(demo_path()))
     windows = evaluated_windows(model, demo_path() / "calibration.txt", 2048, None)  # type: ignore[arg-type]
     assert "\r" not in content  # else evaluate's reading would differ
     assert found.samples == len(windows) == 73 and torch.equal(found.ids, torch.stack(windows))
@@ -218,7 +218,7 @@ def test_the_hash_is_of_ids_and_shape() -> None:
 
 def test_long_documents_have_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into pieces for tokenizing, the built-in tokenizer's words stay whole; only words beyond a piece break."""
-    tokenizer = text._tokenizer(demo_path())
+    tokenizer = text.load_tokenizer(demo_path())
     content = (demo_path() / "calibration.txt").read_text(encoding="utf-8")[:30_000]
     whole = tokenizer(content, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(text, "_PIECE", 150)

@@ -29,7 +29,7 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
     # A table of equal cells instead of a binary search, several times as fast: the cell tells all bounds but one.
     below, inside = _cells(tuple(levels.tolist()))
     unit = (x - levels[0]).mul_(_CELLS / float(levels[-1] - levels[0]))
-    cell = unit.clamp_(0, _CELLS).int().view(-1)
+    cell = unit.clamp_(0, _CELLS).int().reshape(-1)
     codes = below.index_select(0, cell)
     return codes.add_(torch.gt(x.reshape(-1), inside.index_select(0, cell)).view(torch.uint8)).view(x.shape)
 
