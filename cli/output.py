@@ -137,7 +137,8 @@ class ProgressLine:
             counted, speed = f"{decimal(done)} of {decimal(total)}", f"{decimal(rate)}/s"
         else:
             counted, speed = f"{done:g} of {total:g} {self.unit}", f"{rate:.2g} {self.unit}/s"
-        left = f", {duration((total - done) / rate)} left" if rate > 0 and done < total else ""
+        known = done - first >= total / 100  # before that, a few small tensors would tell of weeks
+        left = f", {duration((total - done) / rate)} left" if known and rate > 0 and done < total else ""
         return f"{self.title}: {counted} ({share}), {speed}{left}"
 
 

@@ -82,7 +82,7 @@ def calibrate_gpu() -> str:
         "calibrate_gpu_gptq": "int4 g128, lightning layer", "calibrate_gpu_24GB": "NF4, lightning layer, 24 GB card",
     }  # fmt: skip
     results = {title: read(name) for name, title in names.items()}
-    first = next(iter(results.values()))
+    first, whole = next(iter(results.values())), read("calibrate_real_size")
     rows = [
         [
             title, f"**{r['layer_s']:.1f}**", f"{r['layers_80_min']:.0f}", f"{r['peak_reserved_GB']:.1f}",
@@ -95,7 +95,9 @@ def calibrate_gpu() -> str:
         f"`benchmarks/calibrate_gpu.py`, {first['hardware']['gpu']}: a layer of the released model, 262,144 tokens, "
         "all that `minibble quantize` does but reading and writing files; the floor derived for an H100 is "
         f"{first['floor_h100_s']:.0f} s. Stages are from a second run with clocks. The 24 GB card is a bound of 23 GB "
-        "on what torch may take."
+        "on what torch may take. The whole command, files included (`benchmarks/calibrate_real_size.py`): "
+        f"{whole['what']}, {whole['source_bytes'] / 1e9:.1f} GB on {whole['calibration']['tokens']:,} tokens in "
+        f"{whole['elapsed_s']:.0f} s, verified and run."
     )
     head = ["", "s a layer", "min for 80", "GB taken", "GB alive", "GB predicted", "experts at once"]
     return section("Calibrating on a GPU", text, head + list(first["stages_s"]), rows)
