@@ -21,8 +21,8 @@ from minibble.quantize.nf4_math import join_nibbles, level_table
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.feedback import descend, feed_back, quadratic, search_scales, subtract, tf32
 
-# Shares of the scale that just reaches a group's largest weight. On the reference model the best lie between 0.7 and 1
-# for NF4, up to 1.14 for int4, whose outermost level is on one side only.
+# Shares of the scale that just reaches a group's largest weight. Beyond 1 for int4, whose outermost level is on one
+# side only: 8/7 reaches the largest weight on the other.
 SHARES = tuple(0.6 + 0.0125 * step for step in range(45))
 FIT_EVERY = 3  # sweeps after which the scales are fitted anew: each third one
 
