@@ -64,7 +64,7 @@ def command(
 
     Without --calibration, NF4 rounds each weight to the nearest level, one matrix in memory at a time. With it, the
     text runs through the model layer by layer, and codes are chosen so that what each layer gives is kept: better by
-    far, in files of the same size. It takes some 40 GB of memory for the released model, and 24 GB of GPU memory.
+    far, in files of the same size. The memory it takes is told first; a GPU of 24 GB does for the released model.
     """
     # Segments that grow: the plan's bytes are then what is taken, but for 4 % instead of 17.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
