@@ -152,11 +152,14 @@ class LayerPass:
         H = Hessians(len(experts), K, self.setup.device)
         sample = torch.arange(0, len(hidden), -(-len(hidden) // PRIOR_SAMPLE))
         for b, expert in enumerate(experts):
-            tokens, weights = self._tokens_of[expert], self._weights_of[expert]
-            weights = weights if self.setup.router_weights else torch.ones_like(weights)
+            tokens, weights = self._tokens_of[expert], None
+            if self.setup.router_weights:
+                weights = self._weights_of[expert]
             for rows in spans(len(tokens), CHUNK_TOKENS):
-                H.add(b, self._expert_inputs(kind, expert, tokens[rows]), weights[rows])
-            H.add_prior(b, self._expert_inputs(kind, expert, sample), PRIOR * K * weights.square().mean().item())
+                x_ND = self._expert_inputs(kind, expert, tokens[rows])
+                H.add(b, x_ND, None if weights is None else weights[rows])
+            each = 1.0 if weights is None else weights.square().mean().item()
+            H.add_prior(b, self._expert_inputs(kind, expert, sample), PRIOR * K * each)
         return H
 
     def _expert_inputs(self, kind: str, expert: int, tokens: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 from minibble.quantize.errors import CalibrationError
 from minibble.quantize.formats import Format
 from minibble.quantize.nf4 import NF4
-from minibble.quantize.nf4_math import dynamic_map, encode_absmax
+from minibble.quantize.nf4_math import dynamic_map, encode_absmax, nearest_levels
 from minibble.quantize.tensors import NESTED_BLOCK
-from minibble.runtime.kernels.feedback import inverse, nearest
+from minibble.runtime.kernels.feedback import inverse
 
 _LEAST_HALF = 2.0**-24  # the least float16 above 0
 
@@ -87,13 +87,13 @@ class DoubleQuantizedGrid:
 
     def nearest(self, wished_BN: Tensor, group: int) -> Tensor:
         nested = self.nested_BGN[:, group]
-        index = nearest((wished_BN - self.offset_BN) * inverse(nested), dynamic_map(wished_BN.device))
+        index = nearest_levels((wished_BN - self.offset_BN) * inverse(nested), dynamic_map(wished_BN.device))
         return dynamic_map(wished_BN.device)[index.int()] * nested + self.offset_BN
 
     def stored(self, scale_BGN: Tensor, b: int, rows: slice) -> tuple[Tensor, Tensor, float]:
         nested, offset = self.second[b, rows.start]
         unit = (scale_BGN[b, :, rows] - offset) * inverse(self.nested_BGN[b, :, rows])
-        return nearest(unit, dynamic_map(unit.device)).t().reshape(-1), nested, offset
+        return nearest_levels(unit, dynamic_map(unit.device)).t().reshape(-1), nested, offset
 
 
 def grid_for(format: Format, scale_BGN: Tensor, parts: list[int]) -> Grid:

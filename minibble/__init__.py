@@ -28,8 +28,6 @@ class _CallablePackage(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name == "quantize":
-        return import_module("minibble.quantize")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'minibble' has no attribute {name!r}")

@@ -12,9 +12,9 @@ from minibble.calibrate.solver import SHARES
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
 from minibble.quantize.nf4 import NF4
-from minibble.quantize.nf4_math import decode_absmax, dynamic_map, level_table
+from minibble.quantize.nf4_math import decode_absmax, dynamic_map, level_table, nearest_levels
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.kernels.feedback import inverse, nearest, search_scales
+from minibble.runtime.kernels.feedback import inverse, search_scales
 
 FORMATS: list[Format] = [NF4(), NF4(double_quant=False), Int4(64)]
 ids = [format.name for format in FORMATS]
@@ -29,7 +29,7 @@ def scales(B: int = 2, G: int = 5, N: int = 130, seed: int = 0) -> Tensor:
 def square_error(W: Tensor, scale: Tensor, levels: Tensor, group: int) -> Tensor:
     """Of nearest rounding, float64 [B, G, N]."""
     groups = W.unflatten(1, (-1, group))
-    codes = nearest(groups * inverse(scale)[:, :, None], levels).int()
+    codes = nearest_levels(groups * inverse(scale)[:, :, None], levels).int()
     return (groups.double() - levels.double()[codes] * scale[:, :, None].double()).square().sum(dim=2)
 
 

@@ -18,7 +18,7 @@ import torch
 from golden import gptq_float64 as oracle
 from torch import Tensor
 
-from minibble.quantize.nf4_math import level_table
+from minibble.quantize.nf4_math import level_table, nearest_levels
 from minibble.quantize.tensors import Levels
 from minibble.runtime.kernels import feedback
 
@@ -268,8 +268,8 @@ def test_nearest_beside_every_midpoint(kind: Levels) -> None:
     beside = [torch.nextafter(middles, torch.full_like(middles, way)) for way in (-100.0, 100.0)]
     anywhere = 12 * torch.rand(20_000, generator=torch.Generator().manual_seed(0)) - 6
     x = torch.cat([middles, *beside, levels, torch.tensor([-1e30, 1e30]), anywhere * levels.abs().max() / 8])
-    assert torch.equal(feedback.nearest(x, levels).long(), (x[:, None] > middles).sum(dim=1))
-    assert torch.equal(feedback.nearest(x[:100].view(4, 25), levels).view(-1), feedback.nearest(x[:100], levels))
+    assert torch.equal(nearest_levels(x, levels).long(), (x[:, None] > middles).sum(dim=1))
+    assert torch.equal(nearest_levels(x[:100].view(4, 25), levels).view(-1), nearest_levels(x[:100], levels))
 
 
 def test_small_parts() -> None:
@@ -286,7 +286,7 @@ def test_small_parts() -> None:
         assert np.allclose(forms[b], expected, rtol=1e-5)
     levels = torch.tensor([-8.0, 0.0, 1.0, 4.0])
     halves = torch.tensor([-9.0, -4.0, -3.9, 0.5, 0.51, 2.5, 9.0])
-    assert feedback.nearest(halves, levels).tolist() == [0, 0, 1, 1, 2, 2, 3], "ties go to the lower level"
+    assert nearest_levels(halves, levels).tolist() == [0, 0, 1, 1, 2, 2, 3], "ties go to the lower level"
     assert feedback.inverse(torch.tensor([0.0, 4.0, -0.5])).tolist() == [0.0, 0.25, -2.0]
     assert [(part.start, part.stop) for part in feedback.blocks(320)] == [(0, 128), (128, 256), (256, 320)]
 

@@ -10,7 +10,6 @@ scale, float32, ascending.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -18,34 +17,7 @@ from torch import Tensor
 
 from minibble.runtime.kernels import reference_forced
 
-_CELLS = 240  # of the table in `nearest`: a multiple of 15, for int4's edges to be exact
 BLOCK = 128  # columns a kernel takes at once; group sizes divide it
-
-
-def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to each x, uint8; ties go to the lower one. `levels` float32, ascending."""
-    if x.device.type != "cpu" or len(levels) > 16:
-        return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-    # A table of equal cells instead of a binary search, several times as fast: the cell tells all bounds but one.
-    below, inside = _cells(tuple(levels.tolist()))
-    unit = (x - levels[0]).mul_(_CELLS / float(levels[-1] - levels[0]))
-    cell = unit.clamp_(0, _CELLS).int().reshape(-1)
-    codes = below.index_select(0, cell)
-    return codes.add_(torch.gt(x.reshape(-1), inside.index_select(0, cell)).view(torch.uint8)).view(x.shape)
-
-
-@cache
-def _cells(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """For each cell of the levels' range how many bounds lie below it, uint8, and the one inside it (infinite if none).
-
-    Where a bound lies on an edge, rounding may put its neighbours into the other cell: then it is a tie anyway.
-    """
-    table = torch.tensor(levels)
-    bounds = (table[:-1] + table[1:]) / 2
-    cell = ((bounds - table[0]) * (_CELLS / (levels[-1] - levels[0]))).int()
-    assert len(cell.unique()) == len(bounds), "two bounds in a cell"
-    below = (cell[:, None] < torch.arange(_CELLS + 1)).sum(0).to(torch.uint8)
-    return below, torch.full((_CELLS + 1,), float("inf")).scatter_(0, cell.long(), bounds)
 
 
 def inverse(scale: Tensor) -> Tensor:

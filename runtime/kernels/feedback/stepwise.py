@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from minibble.runtime.kernels.feedback import inverse, nearest
+from minibble.quantize.nf4_math import nearest_levels
+from minibble.runtime.kernels.feedback import inverse
 
 
 def step_block(
@@ -24,7 +25,7 @@ def step_block(
         pivot = M_BCC[:, j, j, None]
         old = None if E_BCN is None else levels[codes_BCN[:, j].int()] * scale
         target = x if old is None else old + x / pivot
-        codes_BCN[:, j] = nearest(target * inverse(scale), levels)
+        codes_BCN[:, j] = nearest_levels(target * inverse(scale), levels)
         new = levels[codes_BCN[:, j].int()] * scale
         step_BCN[:, j] = (x - new) / pivot if old is None else new - old
     if E_BCN is not None:
@@ -39,7 +40,7 @@ def search_scales(W_BKN: Tensor, levels: Tensor, group_size: int, shares: tuple[
     best, scale = torch.full_like(whole, float("inf")), whole.clone()
     for share in shares:
         tried = whole * share
-        rounded = levels[nearest(W * inverse(tried)[:, :, None], levels).int()] * tried[:, :, None]
+        rounded = levels[nearest_levels(W * inverse(tried)[:, :, None], levels).int()] * tried[:, :, None]
         error = (W - rounded).square().sum(2)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
