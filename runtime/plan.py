@@ -16,6 +16,7 @@ from minibble.quantize.formats import Format
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import kv_cache_bytes, state_bytes
+from minibble.runtime.layout import layout
 
 PREFILL_CHUNK = 1024  # tokens that go through the layers at a time
 CUBLAS_NBYTES = 32 << 20  # what cuBLAS takes for itself on Hopper through torch's allocator
@@ -79,7 +80,7 @@ def plan_memory(
         dtype=str(dtype).removeprefix("torch."),
         context=context,
         batch=batch,
-        weights_bytes=sum(resident_nbytes(spec, source, device, dtype) for spec in source.inventory),
+        weights_bytes=weights_nbytes(source, device, dtype),
         kv_cache_bytes=kv_cache_bytes(source.config, context, batch, dtype.itemsize),
         state_bytes=state_bytes(source.config, batch),
         workspace_bytes=workspace_nbytes(source, device, dtype, batch * min(context, prefill_chunk)),
@@ -87,14 +88,31 @@ def plan_memory(
     )
 
 
-def resident_nbytes(spec: TensorSpec, source: Source, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that `spec` takes once loaded."""
+def weights_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that all weights take once loaded."""
+    places = layout(source.config)
+    rows = {place.module: place.stop for place in places.values()}  # of a module: where its last tensor ends
+    return sum(
+        resident_nbytes(spec, source, device, dtype, rows[places[spec.name].module]) for spec in source.inventory
+    )
+
+
+def resident_nbytes(spec: TensorSpec, source: Source, device: torch.device, dtype: torch.dtype, rows: int) -> int:
+    """Bytes that `spec` takes once loaded, as a part of a matrix of `rows`."""
     if spec.name in source.quantized and source.format is not None:
         if device.type == "cuda" or spec.role == "embedding":
             return source.format.held_nbytes(spec.shape)
-        # On CPUs: a float32 scale a block, or a bfloat16 scale with its zero.
-        return -(-spec.numel // 2) + 4 * -(-spec.numel // source.format.block_size)
+        blocks = -(-spec.numel // source.format.block_size)
+        return -(-spec.numel // 2) + blocks * _cpu_scale_nbytes(source.format, rows, spec.shape[1], dtype)
     return spec.numel * held_dtype(spec, device, dtype).itemsize
+
+
+def _cpu_scale_nbytes(stored: Format, N: int, K: int, dtype: torch.dtype) -> int:
+    """Bytes of a block's scale in a matrix [N, K] on CPUs: float32, int4's bfloat16 with its zero, or, for the kernel
+    that multiplies from NF4 codes, bfloat16."""
+    from minibble.runtime.kernels.linear4 import cpu
+
+    return 2 if stored.levels == "nf4" and cpu.fuses(N, K, dtype) else 4
 
 
 def held_dtype(spec: TensorSpec, device: torch.device, dtype: torch.dtype) -> torch.dtype:

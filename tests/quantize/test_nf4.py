@@ -37,10 +37,14 @@ def theirs(weight: torch.Tensor, double_quant: bool):
 
 
 def through_bitsandbytes(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """What bitsandbytes decodes from the tensors of a file, its dtype set to `dtype`."""
+    """What bitsandbytes decodes from the tensors of a file, its dtype set to `dtype`, all in one row.
+
+    Blocks run across rows. bitsandbytes' AVX512 path forgets that for rows of a multiple of 16 weights that is not a
+    multiple of 64, and scales them by blocks counted row by row (0.50.2); as one row it decodes every shape rightly.
+    """
     parts = {name.removeprefix(NAME + "."): tensor for name, tensor in tensors.items() if name != NAME}
     state = BF.QuantState.from_dict(parts, device=torch.device("cpu"))
-    state.dtype = dtype
+    state.dtype, state.shape = dtype, torch.Size([prod(state.shape)])
     return BF.dequantize_4bit(tensors[NAME], state)
 
 
@@ -133,6 +137,7 @@ def matrices() -> st.SearchStrategy[torch.Tensor]:
 @example(weight=torch.zeros(3, 64), double_quant=True, dtype=torch.bfloat16)
 @example(weight=torch.zeros(1, 1), double_quant=False, dtype=torch.float32)
 @example(weight=torch.full((2, 33), -2.5), double_quant=True, dtype=torch.float32)
+@example(weight=random_matrix((10, 16)), double_quant=False, dtype=torch.float32)
 def test_round_trip(weight: torch.Tensor, double_quant: bool, dtype: torch.dtype) -> None:
     nf4 = NF4(double_quant=double_quant)
     weight = weight.to(dtype)

@@ -17,6 +17,7 @@ from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import BudgetError, CheckpointError, ConfigError
 from minibble.quantize.inventory import inventory
 from minibble.quantize.job import quantize_checkpoint
+from minibble.runtime.kernels.linear4 import cpu
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
 
@@ -222,7 +223,12 @@ def test_an_int4_matrix_of_another_kind_is_an_error(int4: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("which", ["quantized", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_take_what_was_planned(which: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["decoded", "fused"])
+def test_weights_take_what_was_planned(
+    which: str, dtype: torch.dtype, fused: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs with AVX512-BF16 and on those without: laying out needs neither, only multiplying would."""
+    monkeypatch.setattr(cpu, "has_fused", lambda: fused)
     report = load(request.getfixturevalue(which), dtype=dtype).memory_report()
     assert report["measured"]["weights_bytes"] == report["predicted"]["weights_bytes"]
 

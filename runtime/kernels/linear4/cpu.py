@@ -34,6 +34,11 @@ def has_fused() -> bool:
     return functional is not None and bool(functional.has_avx512bf16())
 
 
+def fuses(N: int, K: int, dtype: torch.dtype) -> bool:
+    """True if a matrix [N, K] is laid out for that kernel, for activations of `dtype`; its scales are then bfloat16."""
+    return dtype == torch.bfloat16 and N % 32 == 0 and K % 64 == 0 and has_fused()
+
+
 def path() -> str:
     """The path that one token's products take here: `fused`, `gemv`, `decode` (bitsandbytes decodes) or `torch`."""
     if has_fused():
@@ -55,7 +60,7 @@ class PackedLinear:
         self.fused_state: Any = None
         N, K = self.shape
         self.arrays: gemv.Arrays | None = None
-        if dtype == torch.bfloat16 and has_fused() and N % 32 == 0 and K % 64 == 0:
+        if fuses(N, K, dtype):
             self._repack()
         elif available() and gemv.suits(N, K, self.block_size):
             self.arrays = gemv.arrays(self.codes, self.absmax, first.levels)
