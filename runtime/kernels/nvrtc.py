@@ -22,7 +22,7 @@ from minibble.quantize.errors import MinibbleError
 
 log = logging.getLogger(__name__)
 
-Argument = torch.Tensor | int | float | ctypes.Structure
+Argument = torch.Tensor | int | float | ctypes.Structure | ctypes.c_longlong
 
 
 class KernelError(MinibbleError):
@@ -53,8 +53,8 @@ def is_hopper(device: torch.device) -> bool:
 class Kernel:
     """One `__global__` function of CUDA C++ files, compiled for each device when first launched there.
 
-    `sources` are joined in order; `macros` become -D options. Arguments are tensors (their addresses), int (32 bit;
-    64 beyond), float (32 bit) and ctypes structures, which are passed by value.
+    `sources` are joined in order; `macros` become -D options. Arguments are tensors (their addresses), int (32 bit),
+    float (32 bit), and ctypes values (64-bit numbers) and structures, which are passed as they are.
     """
 
     def __init__(self, name: str, sources: Sequence[Path], macros: dict[str, int | str] | None = None):
@@ -130,11 +130,12 @@ def _can_overlap(device: int) -> bool:
 def _value(argument: Argument) -> Any:
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, ctypes.Structure):
+    if isinstance(argument, ctypes.Structure | ctypes.c_longlong):
         return argument
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return ctypes.c_int(argument) if -(2**31) <= argument < 2**31 else ctypes.c_longlong(argument)
+    assert -(2**31) <= argument < 2**31, f"{argument} needs 64 bits: pass a ctypes.c_longlong"
+    return ctypes.c_int(argument)
 
 
 @cache
@@ -143,7 +144,7 @@ def _module(sources: tuple[Path, ...], macros: tuple[str, ...], device: int) -> 
     from cuda.bindings import driver, nvrtc
 
     with torch.cuda.device(device):
-        torch.cuda.current_stream(device).synchronize()  # makes torch's context the current one
+        torch.cuda.mem_get_info(device)  # makes torch's context the current one
         text = "\n".join(path.read_text() for path in sources)
         arch = architecture(device)
         version = _check(nvrtc.nvrtcVersion(), "NVRTC")

@@ -1,0 +1,188 @@
+"""The layout of 4-bit matrices that the GPU kernels read, made from the stored form by moving bytes.
+
+A matrix [N, K] is tiles of 32 rows, a tile is chunks of 256 columns, and a chunk is contiguous: 4096 bytes of codes,
+then its scales. The bytes of codes keep the stored pairs (two neighbouring columns, the even one in the high nibble)
+in the order in which the tensor cores' A operand holds them: [64 columns][16 rows][lane][16 columns][register]. So a
+lane's 16 bytes are its registers for four steps of `mma.m16n8k16`, and of a warp's part of `wgmma.m64k16`. After the
+tiles come, for double quantization, a first block and an offset for every 16 rows, and the second-level scales.
+docs/adr/0009-kernel-layout.md says why.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minibble.quantize.nf4_math import CODEBOOK, decode_absmax, zero_byte
+from minibble.quantize.tensors import NESTED_BLOCK, Levels, QuantizedTensor
+
+ROWS, COLUMNS = 32, 256  # of a chunk
+CODES_NBYTES = ROWS * COLUMNS // 2
+BLOCK = 64  # columns that share a scale in NF4
+ALIGNMENT = 256
+GROUPS = (32, 64, 128)  # of int4; multiples of 128 are stored as groups of 128
+# NF4's levels times this are nearest to bfloat16 numbers: their error, weighted by how often Gaussian weights take
+# them, is 0.8e-3 of their size instead of 1.4e-3. Scales are divided by it.
+LEVEL_SCALE = 1.43671
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Sizes and places of a matrix [N, K] in the layout.
+
+    `part_rows` are the rows of the matrices that it is made of, one under the other, or alternating by 16 rows if
+    `interleaved`. `scale_nbytes` and `scale_columns` are of one scale; `nested` says that it is double quantization's.
+    """
+
+    part_rows: tuple[int, ...]
+    K: int
+    levels: Levels
+    scale_nbytes: int
+    scale_columns: int
+    nested: bool
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.interleaved or len(set(self.part_rows)) == 1
+        assert len(self.part_rows) == 1 or self.interleaved or not any(rows % 16 for rows in self.part_rows[:-1])
+
+    @classmethod
+    def of(cls, parts: Sequence[QuantizedTensor], interleaved: bool = False) -> "TileLayout | None":
+        """The layout of the rows of `parts`; None if it cannot hold their shapes or their group size."""
+        first = parts[0]
+        K, group = first.shape[1], first.block_size
+        rows = tuple(q.shape[0] for q in parts)
+        if K % group or (not interleaved and any(n % 16 for n in rows[:-1])) or (interleaved and rows[0] % 16):
+            return None
+        if first.levels == "int4":
+            columns = group if group in GROUPS else 128 if group % 128 == 0 else 0
+            return cls(rows, K, "int4", 2, columns, False, interleaved) if columns else None
+        if group != BLOCK:
+            return None
+        nested = first.nested_absmax is not None and K % COLUMNS == 0
+        return cls(rows, K, "nf4", 1 if nested else 4, BLOCK, nested, interleaved)
+
+    @property
+    def N(self) -> int:
+        return sum(self.part_rows)
+
+    @cached_property
+    def tiles(self) -> int:
+        """Tiles of 32 rows."""
+        return -(-sum(-(-rows // 16) for rows in self.part_rows) // 2)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 256 columns in a tile."""
+        return -(-self.K // COLUMNS)
+
+    @property
+    def chunk_nbytes(self) -> int:
+        return CODES_NBYTES + ROWS * (COLUMNS // self.scale_columns) * self.scale_nbytes
+
+    @property
+    def tiles_nbytes(self) -> int:
+        return self.tiles * self.chunks * self.chunk_nbytes
+
+    @property
+    def meta_start(self) -> int:
+        """Where first blocks and offsets lie, 8 bytes for every 16 rows."""
+        return _aligned(self.tiles_nbytes)
+
+    @property
+    def nested_start(self) -> int:
+        """Where the second-level scales lie, float32."""
+        return _aligned(self.meta_start + 16 * self.tiles)
+
+    @cached_property
+    def nested_counts(self) -> tuple[int, ...]:
+        """Second-level scales of each part, those of padded rows included."""
+        per_row = self.K // BLOCK
+        return tuple(-(-_up(rows, 16) * per_row // NESTED_BLOCK) for rows in self.part_rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole, a multiple of ALIGNMENT."""
+        if not self.nested:
+            return self.meta_start
+        return _aligned(self.nested_start + 4 * sum(self.nested_counts))
+
+
+def kernel_levels(levels: Levels) -> Tensor:
+    """The 16 levels as the kernels multiply with them, float32 that bfloat16 can hold."""
+    table = torch.tensor(CODEBOOK) * LEVEL_SCALE if levels == "nf4" else torch.arange(-8.0, 8.0)
+    return table.bfloat16().float()
+
+
+def level_scale(levels: Levels) -> float:
+    """What kernel levels are larger than the stored ones; scales are divided by it."""
+    return LEVEL_SCALE if levels == "nf4" else 1.0
+
+
+def byte_levels(levels: Levels, device: torch.device) -> Tensor:
+    """For each byte the two kernel levels it stands for, bfloat16, that of the high nibble first: int32 [256]."""
+    table, byte = kernel_levels(levels).bfloat16(), torch.arange(256)
+    return torch.stack((table[byte >> 4], table[byte & 0xF]), dim=1).view(torch.int32).view(256).to(device)
+
+
+def pack(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tensor | None = None) -> Tensor:
+    """The rows of `parts` in `layout`: uint8 [layout.nbytes], into `out` if given, on the device of the parts."""
+    out = torch.empty(layout.nbytes, dtype=torch.uint8, device=parts[0].device) if out is None else out
+    assert out.shape == (layout.nbytes,) and out.dtype == torch.uint8
+    tiles = out[: layout.tiles_nbytes].view(layout.tiles, layout.chunks, layout.chunk_nbytes)
+    padding = zero_byte(layout.levels)
+    codes = _row_tiles([q.codes.view(q.shape[0], -1) for q in parts], layout, COLUMNS // 2, padding)
+    codes = codes.view(layout.tiles, 2, 2, 8, layout.chunks, 4, 4, 2, 4)  # tile, rt, r+8, g, chunk, kb, s, c+8, t
+    arranged = tiles[:, :, :CODES_NBYTES].view(layout.tiles, layout.chunks, 4, 2, 8, 4, 4, 2, 2)
+    arranged.copy_(codes.permute(0, 4, 5, 1, 3, 8, 6, 7, 2))
+    scales = _row_tiles([_scales(q, layout) for q in parts], layout, COLUMNS // layout.scale_columns, 0)
+    scales = scales.view(layout.tiles, ROWS, layout.chunks, -1).transpose(1, 2).contiguous()
+    tiles[:, :, CODES_NBYTES:] = scales.view(torch.uint8).flatten(2)
+    if layout.nested:
+        _pack_nested(parts, layout, out)
+    return out
+
+
+def _row_tiles(matrices: list[Tensor], layout: TileLayout, columns: int, padding: int) -> Tensor:
+    """`matrices` of equal width in the order of 16-row tiles, padded to whole tiles and chunks."""
+    width = layout.chunks * columns
+    padded = [F.pad(m, (0, width - m.shape[1], 0, -m.shape[0] % 16), value=padding).view(-1, 16, width) for m in matrices]
+    stacked = torch.stack(padded, dim=1).flatten(0, 1) if layout.interleaved else torch.cat(padded)
+    return F.pad(stacked, (0, 0, 0, 0, 0, 2 * layout.tiles - len(stacked)), value=padding)
+
+
+def _scales(q: QuantizedTensor, layout: TileLayout) -> Tensor:
+    """[N, scales in a row]: uint8 absmax codes, float32 or float16."""
+    if layout.nested:
+        return q.absmax.view(q.shape[0], -1)
+    scales = q.absmax if layout.levels == "int4" else decode_absmax(q)
+    return scales.view(q.shape[0], -1).repeat_interleave(q.block_size // layout.scale_columns, dim=1)
+
+
+def _pack_nested(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tensor) -> None:
+    per_row, start = layout.K // BLOCK, 0
+    entries: list[list[bytes]] = []
+    nested = out[layout.nested_start :].view(torch.float32)
+    nested.zero_()
+    for q, count in zip(parts, layout.nested_counts, strict=True):
+        assert q.nested_absmax is not None and q.nested_offset is not None
+        nested[start : start + len(q.nested_absmax)] = q.nested_absmax
+        first = range(start * NESTED_BLOCK, start * NESTED_BLOCK + _up(q.shape[0], 16) * per_row, 16 * per_row)
+        entries.append([struct.pack("<if", block, q.nested_offset) for block in first])
+        start += count
+    order = [one for both in zip(*entries, strict=True) for one in both] if layout.interleaved else sum(entries, [])
+    meta = b"".join(order).ljust(16 * layout.tiles, b"\0")
+    place = out[layout.meta_start : layout.meta_start + len(meta)]
+    place.copy_(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _aligned(nbytes: int) -> int:
+    return _up(nbytes, ALIGNMENT)
