@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from minibble.quantize.config import ModelConfig
 from minibble.runtime.kernels.lightning import gated
 from minibble.runtime.layers import Linear, RMSNorm
+from minibble.runtime.masks import causal
 from minibble.runtime.state import HybridState, empty_lightning_state
 
 LIGHTNING_NORM_EPS = 1e-6  # fixed in the original code, whatever the config says of the other norms
@@ -28,7 +30,7 @@ class Context:
     cos: Tensor  # float32 [B or 1, T, R]
     sin: Tensor
     valid_BT: Tensor | None  # False at padding among the new tokens; None where there is none
-    mask: Tensor | None  # bool [B or 1, 1, T, L], what each token may see; None where causality says it all
+    mask: Tensor | None  # bool [B, 1, T, L], what each token may see; None where causality says it all
     state: HybridState | None
 
 
@@ -75,7 +77,7 @@ class LightningAttention(nn.Module):
             self.norm.weight, self.norm.eps, context.valid_BT,
         )  # fmt: skip
         if context.state is not None:
-            context.state.lightning[self.layer] = state
+            context.state.set_lightning_state(self.layer, state)
         return o.to(projected.dtype)
 
     def _slopes_on(self, x: Tensor) -> Tensor:
@@ -120,19 +122,24 @@ class SoftmaxAttention(nn.Module):
 
 
 def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention [B, H, T, K], H/G query heads to a key-value head; without a mask it is causal."""
-    groups = q_BHTK.shape[1] // k_BGLK.shape[1]
-    if q_BHTK.shape[2] == 1:
+    """Softmax attention [B, H, T, K], H/G query heads to a key-value head; without a mask the last T of L tokens are
+    causal."""
+    T, L, groups = q_BHTK.shape[2], k_BGLK.shape[2], q_BHTK.shape[1] // k_BGLK.shape[1]
+    if T == 1:
         q = q_BHTK.squeeze(2).unflatten(1, (-1, groups)) * q_BHTK.shape[-1] ** -0.5
         scores = torch.matmul(q, k_BGLK.transpose(-1, -2)).float()
         scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
         return torch.matmul(scores.softmax(-1).to(q.dtype), v_BGLK).flatten(1, 2).unsqueeze(2)
+    half = q_BHTK.dtype in (torch.bfloat16, torch.float16)
+    if mask is None and T < L:
+        # FlashAttention knows causality that ends in the lower right corner; all others need it spelled out.
+        mask = causal_lower_right(T, L) if q_BHTK.is_cuda and half else causal(T, L, q_BHTK.device)[None, None]
     backends: AbstractContextManager[None] = nullcontext()
     if q_BHTK.is_cuda:
         # Without cuDNN: with it among the choices a decode step of two layers took 63 ms, 2 of them on the GPU, it
         # seems because it plans anew for every length. Of the others only math takes a mask with groups.
         backends = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-        if mask is not None and groups > 1:
+        if mask is not None and not isinstance(mask, CausalBias) and groups > 1:
             k_BGLK, v_BGLK, groups = k_BGLK.repeat_interleave(groups, 1), v_BGLK.repeat_interleave(groups, 1), 1
     with backends:
         return F.scaled_dot_product_attention(
@@ -140,10 +147,15 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) 
         )
 
 
+def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """By how much each rotated pair of features turns from one token to the next, float64 [R / 2]."""
+    half = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64, device=device)
+    return config.rope_theta ** (-half / config.rotary_dim)
+
+
 def rotations(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, float32 [B, T, R]; angles in float64, exact at a million tokens."""
-    half = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64, device=positions_BT.device)
-    angle = positions_BT.double()[..., None] * config.rope_theta ** (-half / config.rotary_dim)
+    angle = positions_BT.double()[..., None] * frequencies(config, positions_BT.device)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().float(), angle.sin().float()
 

@@ -11,9 +11,8 @@ def attention_mask_2d(mask: Tensor | None, past: int, input_ids: Tensor, past_va
     """
     B, T = input_ids.shape
     if mask is None:
-        if past_valid is None:
-            return None
-        mask = torch.ones(B, T, dtype=torch.bool, device=input_ids.device)
+        # Nothing is looked at here: on a GPU that would wait for all the work before.
+        return None if past_valid is None else torch.cat((past_valid, past_valid.new_ones(B, T)), dim=1)
     if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] not in (T, past + T):
         raise ValueError(f"attention_mask is {tuple(mask.shape)}, expected {(B, past + T)} or {(B, T)}")
     mask = mask.to(device=input_ids.device, dtype=torch.bool)
@@ -23,17 +22,20 @@ def attention_mask_2d(mask: Tensor | None, past: int, input_ids: Tensor, past_va
     return None if bool(mask.all()) else mask
 
 
-def visible(mask: Tensor | None, past: int, tokens: int, device: torch.device) -> Tensor | None:
-    """What each of the new tokens may attend to, bool [B or 1, 1, T, past + T].
+def causal(tokens: int, length: int, device: torch.device) -> Tensor:
+    """What the last `tokens` of `length` may attend to where there is no padding, bool [T, length]."""
+    position = torch.arange(length, device=device)
+    return position <= position[length - tokens :, None]
 
-    None where plain causality, or one token that sees everything, says it all. A padded token sees itself alone,
-    so that its row is finite.
+
+def visible(mask: Tensor | None, past: int, tokens: int, device: torch.device) -> Tensor | None:
+    """What each of the new tokens may attend to, bool [B, 1, T, past + T].
+
+    None where causality, each token after all of the past, says it all. A padded token sees itself alone, so that its
+    row is finite.
     """
-    if mask is None and (past == 0 or tokens == 1):
+    if mask is None:
         return None
     position = torch.arange(past + tokens, device=device)
-    causal = position <= position[past:, None]
-    if mask is None:
-        return causal[None, None]
     itself = position == position[past:, None]
-    return ((causal & mask[:, None, :]) | itself)[:, None]
+    return ((causal(tokens, past + tokens, device) & mask[:, None, :]) | itself)[:, None]

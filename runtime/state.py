@@ -26,6 +26,10 @@ class HybridState(Cache):
     `reserve` is the number of tokens to make room for at once; beyond it the cache doubles. `length` counts the
     tokens seen, padding included; `valid` [B, length] is False at padding, or None where there is none. Forwards
     without gradients run in torch's inference mode: so must whatever writes into the tensors held here.
+
+    Once there, tensors keep their places in memory as long as the batch keeps its size and the cache its room: new
+    contents are copied into them. `bound` is what somebody built on these places (a captured decode step); it is
+    dropped as soon as one of them changes, and with the state.
     """
 
     is_croppable = False
@@ -39,6 +43,10 @@ class HybridState(Cache):
         self.lightning: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.bound: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"bound": None}  # a copy has other places
 
     def lightning_state(self, layer: int, batch: int, device: torch.device) -> Tensor:
         """The state of a lightning layer, float32 [B, H, K, K]; zeros before the first token."""
@@ -46,23 +54,41 @@ class HybridState(Cache):
             return empty_lightning_state(self.config, batch, device)
         return self.lightning[layer]
 
+    def set_lightning_state(self, layer: int, state_BHKK: Tensor) -> None:
+        """Make `state_BHKK`, which may be the tensor already held, the state of a lightning layer."""
+        self._put(self.lightning, layer, state_BHKK)
+
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens; returns those of all tokens so far, [B, G, length + T, K]."""
         tokens = self.length + k_BGTK.shape[2]
         for store, new in ((self.keys, k_BGTK), (self.values, v_BGTK)):
             held = store.get(layer)
             if held is None or held.shape[2] < tokens:
-                store[layer] = held = self._grown(held, new, tokens)
+                held = self._grow(store, layer, new, tokens)
             held[:, :, self.length : tokens] = new
         return self.keys[layer][:, :, :tokens], self.values[layer][:, :, :tokens]
 
-    def _grown(self, held: Tensor | None, new: Tensor, tokens: int) -> Tensor:
-        room = max(tokens, self.reserve)
-        if held is not None:
-            room = max(room, 2 * held.shape[2], tokens + _GROWTH)
-        grown = new.new_empty(*new.shape[:2], room, new.shape[3])
+    def make_room(self, tokens: int) -> None:
+        """Have places for `tokens` more in every cache that has been started."""
+        for store in (self.keys, self.values):
+            for layer, held in store.items():
+                if held.shape[2] < self.length + tokens:
+                    self._grow(store, layer, held, self.length + tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the key-value caches have places for; 0 if there are none."""
+        return min((held.shape[2] for store in (self.keys, self.values) for held in store.values()), default=0)
+
+    def _grow(self, store: dict[int, Tensor], layer: int, like: Tensor, tokens: int) -> Tensor:
+        """Places for at least `tokens` in a cache [B, G, L, K] like `like`, those in use kept."""
+        held, room = store.get(layer), self.reserve
+        if room < tokens:
+            room = tokens if held is None else max(2 * held.shape[2], tokens + _GROWTH)
+        grown = like.new_empty(*like.shape[:2], room, like.shape[3])
         if held is not None:
             grown[:, :, : self.length] = held[:, :, : self.length]
+        store[layer], self.bound = grown, None
         return grown
 
     def advance(self, tokens: int, valid: Tensor | None) -> None:
@@ -78,19 +104,45 @@ class HybridState(Cache):
 
     def restore(self, saved: "HybridState") -> None:
         """Take over the contents of `saved`, which stays as it is."""
+        for ours, theirs in zip(self._tensors(), saved._tensors(), strict=True):
+            for layer in ours.keys() - theirs.keys():
+                del ours[layer]
+                self.bound = None
         self.length = saved.length
         self.valid = None if saved.valid is None else saved.valid.clone()
-        self._set(*({layer: x.clone() for layer, x in tensors.items()} for tensors in saved._tensors()))
+        for layer, state in saved.lightning.items():
+            self._put(self.lightning, layer, state, copy=True)
+        for ours, theirs in ((self.keys, saved.keys), (self.values, saved.values)):
+            for layer, held in theirs.items():
+                self._put(ours, layer, held[:, :, : saved.length], copy=True)
 
     def _tensors(self) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
         return self.lightning, self.keys, self.values
 
-    def _set(self, lightning: dict[int, Tensor], keys: dict[int, Tensor], values: dict[int, Tensor]) -> None:
-        self.lightning, self.keys, self.values = lightning, keys, values
+    def _put(self, store: dict[int, Tensor], layer: int, new: Tensor, copy: bool = False) -> None:
+        """Hold `new`, in the old places if it fits there; of a cache [B, G, L, K] it may be the beginning.
+
+        With `copy`, `new` itself is never held.
+        """
+        held = store.get(layer)
+        if held is not None and new.data_ptr() == held.data_ptr() and new.shape == held.shape:
+            return
+        # Tensors with a history stay as they are: gradients may need them.
+        fits = held is not None and _fits(held, new) and held.is_inference() and not new.requires_grad
+        if held is not None and fits:
+            with torch.inference_mode():
+                held[:, :, : new.shape[2]] = new
+            return
+        store[layer] = new.clone(memory_format=torch.contiguous_format) if copy else new
+        self.bound = None
 
     def _map_batch(self, change: Any) -> None:
         """Apply `change`, a function of tensors along the batch, to everything held."""
-        self._set(*({layer: change(x) for layer, x in tensors.items()} for tensors in self._tensors()))
+        for layer, state in self.lightning.items():
+            self._put(self.lightning, layer, change(state))
+        for store in (self.keys, self.values):
+            for layer, held in store.items():
+                self._put(store, layer, change(held[:, :, : self.length]))
         if self.valid is not None:
             self.valid = change(self.valid)
 
@@ -127,8 +179,8 @@ class HybridState(Cache):
 
     def reset(self) -> None:
         """Forget every token."""
-        self._set({}, {}, {})
-        self.length, self.valid = 0, None
+        self.lightning, self.keys, self.values = {}, {}, {}
+        self.length, self.valid, self.bound = 0, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: the lightning state cannot be rolled back. Take a snapshot and restore it instead."""
@@ -156,3 +208,9 @@ class HybridState(Cache):
 
     def __len__(self) -> int:
         return self.config.num_hidden_layers
+
+
+def _fits(held: Tensor, new: Tensor) -> bool:
+    """True if `new` is all of `held` but perhaps for fewer places along the third axis."""
+    alike = (held.shape[:2], held.shape[3:], held.dtype, held.device)
+    return alike == (new.shape[:2], new.shape[3:], new.dtype, new.device) and new.shape[2] <= held.shape[2]
