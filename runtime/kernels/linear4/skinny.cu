@@ -1,0 +1,528 @@
+// y = W x^T for few tokens, W in 4 bits in the layout of tiles.py: a stream of weights past tensor cores.
+//
+// A block takes a range of 32-row tiles, its warps equal shares of their chunks, one after the other. Each warp keeps
+// a ring of chunks in flight by itself, so that nothing but the reduction at the end of a range waits for another
+// warp. A byte of codes becomes two bfloat16 levels by one look-up in a table that stands in shared memory once for
+// each lane; the levels are the A operand of mma.m16n8k16, up to 8 tokens are B, and scales are applied in float32 to
+// the sums over their columns. Jobs are (expert, up to 8 of its tokens); a plain product is the job of one expert.
+//
+// Macros: WARPS; SCALE_KIND 0 double quantization, 1 float32, 2 float16; SCALE_COLUMNS of one scale;
+// EPILOGUE 0 bfloat16 [M, N], 1 float32 [splits, M, N], 2 silu(gate) * up as bfloat16 [pairs, F], 3 float32
+// [active * splits, M, N] times the router's weight.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define TOKENS 8             // columns of B
+#define CODES_NBYTES 4096    // of a chunk: 32 rows of 256 columns
+#define LUT_STRIDE 256       // bytes from entry to entry, so that a byte of codes is the second byte of its address
+#define LUT_NBYTES (256 * LUT_STRIDE)
+#define SCALES_PER_ROW (256 / SCALE_COLUMNS)
+#if SCALE_KIND == 0
+#define SCALE_NBYTES 1
+#elif SCALE_KIND == 1
+#define SCALE_NBYTES 4
+#else
+#define SCALE_NBYTES 2
+#endif
+#define CHUNK_NBYTES (CODES_NBYTES + 32 * SCALES_PER_ROW * SCALE_NBYTES)
+#define THREADS (WARPS * 32)
+
+struct Args {
+    const long long* table;  // address of each expert's record
+    const int* ids;          // expert of each pair of token and choice, or null for one expert
+    const float* weights;    // the router's, of each pair
+    const char* x;           // bfloat16 [rows, K]
+    char* out;
+    const u32* lut;          // two levels of each byte
+    const float* map;        // double quantization's first-level table
+    int M, active, experts;
+    int N, K, tiles, chunks, splits;
+    int token_rows;          // rows of x that shared memory has room for: min(8, M)
+    int stages, segment_tiles;
+    int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
+    float* parts;            // room for float32 [splits, M, N] where EPILOGUE 0 has splits
+    int* arrived;            // for each job and tile, how many of its splits are done; zeros before and after
+    float unscale;           // what scales are multiplied with, as kernel levels are larger than stored ones
+};
+
+// ---- Hopper's copy engine, or copies by lanes before it -------------------------------------------------------------
+
+__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ inline void barrier_init(u64* bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+
+__device__ inline void barrier_wait(u64* bar, u32 parity) {
+    u32 done;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                     : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+    } while (!done);
+}
+
+__device__ inline void copy_chunk(char* to, const char* from, u64* bar, int lane) {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                     ::"r"(shared_address(bar)), "r"(CHUNK_NBYTES) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                     ::"r"(shared_address(to)), "l"(from), "r"(CHUNK_NBYTES), "r"(shared_address(bar)) : "memory");
+    }
+#else
+    for (int i = lane * 16; i < CHUNK_NBYTES; i += 512)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(from + i) : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// ---- What a block does ----------------------------------------------------------------------------------------------
+
+// The table of levels fills only half of every LUT_STRIDE bytes; the sums that warps leave lie in the other halves.
+struct Shared {
+    char *lut, *ring, *x;
+    float *map, *nested;
+    float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), offset
+    u64* bars;
+    int *pairs, *job_expert, *job_first, *job_count, *last;
+};
+
+// A segment: consecutive tiles of one job and one split of K, which the warps share.
+struct Segment {
+    int job, split, tile, count;
+};
+
+// The job list stands in shared memory; unit u is tile u % tiles of the job-and-split u / tiles.
+__device__ inline Segment segment_at(const Args& a, int unit, int stop) {
+    Segment s;
+    int group = unit / a.tiles;
+    s.job = group / a.splits;
+    s.split = group % a.splits;
+    s.tile = unit % a.tiles;
+    s.count = min(min(stop - unit, a.tiles - s.tile), a.segment_tiles);
+    return s;
+}
+
+__device__ inline int split_start(const Args& a, int split) { return split * a.chunks / a.splits; }
+
+// The chunks of one warp, in the order in which it takes them.
+struct Stream {
+    int unit, stop;   // where the next segment begins, where the block's range ends
+    int q, q_end;     // chunk of the segment
+    int c, width;     // chunk of the tile within the split, chunks of the split
+    int tile;         // of the segment
+    const char* from;
+    int skip;         // bytes from the end of a split to its beginning in the next tile
+};
+
+__device__ inline bool stream_segment(const Args& a, const Shared& sh, Stream& s, int warp) {
+    while (s.unit < s.stop) {
+        Segment seg = segment_at(a, s.unit, s.stop);
+        s.unit += seg.count;
+        int first = split_start(a, seg.split);
+        s.width = split_start(a, seg.split + 1) - first;
+        int total = seg.count * s.width;
+        s.q = warp * total / WARPS;
+        s.q_end = (warp + 1) * total / WARPS;
+        s.tile = s.q / s.width;
+        s.c = s.q % s.width;
+        s.skip = (a.chunks - s.width) * CHUNK_NBYTES;
+        const char* record = (const char*)a.table[sh.job_expert[seg.job]] + a.matrix_start;
+        s.from = record + ((long long)(seg.tile + s.tile) * a.chunks + first + s.c) * CHUNK_NBYTES;
+        if (s.q < s.q_end) return true;
+    }
+    return false;
+}
+
+__device__ inline void stream_step(Stream& s) {
+    ++s.q;
+    s.from += CHUNK_NBYTES;
+    if (++s.c == s.width) {
+        s.c = 0;
+        ++s.tile;
+        s.from += s.skip;
+    }
+}
+
+// Sorts the pairs by expert and cuts each expert's into jobs of at most 8; returns the number of jobs.
+__device__ int make_jobs(const Args& a, Shared& sh) {
+    int pairs = a.M * a.active, tid = threadIdx.x;
+    if (a.ids == nullptr) {
+        int jobs = (a.M + TOKENS - 1) / TOKENS;
+        for (int j = tid; j < jobs; j += THREADS) {
+            sh.job_expert[j] = 0;
+            sh.job_first[j] = j * TOKENS;
+            sh.job_count[j] = min(TOKENS, a.M - j * TOKENS);
+        }
+        for (int p = tid; p < pairs; p += THREADS) sh.pairs[p] = p;
+        __syncthreads();
+        return jobs;
+    }
+    // The lists of jobs are not needed before the counts are known: the ids stand in one of them, the counts in another.
+    int *ids = sh.job_first, *counts = sh.job_count;
+    for (int p = tid; p < pairs; p += THREADS) ids[p] = a.ids[p];
+    __syncthreads();
+    for (int e = tid; e < a.experts; e += THREADS) {
+        int count = 0;
+        for (int p = 0; p < pairs; ++p) count += ids[p] == e;
+        counts[e] = count;
+    }
+    __syncthreads();
+    int total = 0;
+    for (int e = 0; e < a.experts; ++e) total += (counts[e] + TOKENS - 1) / TOKENS;
+    // Each expert's thread keeps what it will write until all have read.
+    for (int e0 = 0; e0 < a.experts; e0 += THREADS) {
+        int e = e0 + tid, count = 0, place = 0, job = 0;
+        if (e < a.experts) {
+            count = counts[e];
+            for (int i = 0; i < e; ++i) {
+                place += counts[i];
+                job += (counts[i] + TOKENS - 1) / TOKENS;
+            }
+            int to = place;
+            for (int p = 0; p < pairs; ++p)
+                if (ids[p] == e) sh.pairs[to++] = p;
+        }
+        __syncthreads();  // experts beyond one pass over the threads are refused by the caller
+        for (int done = 0; done < count; done += TOKENS, ++job) {
+            sh.job_expert[job] = e;
+            sh.job_first[job] = place + done;
+            sh.job_count[job] = min(TOKENS, count - done);
+        }
+    }
+    __syncthreads();
+    return total;
+}
+
+// The rows of x that a job reads, in the order of B's registers: [64 columns][half][row][4 threads][4 words].
+__device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
+    const int BATCH = 6;  // loads of 4 words in flight
+    int first = split_start(a, seg.split) * 256, columns = split_start(a, seg.split + 1) * 256 - first;
+    int count = sh.job_count[seg.job], units = columns / 8 * a.token_rows;
+    const int* pairs = sh.pairs + sh.job_first[seg.job];
+    for (int u0 = threadIdx.x; u0 < units; u0 += BATCH * THREADS) {
+        uint4 v[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            int u = u0 + i * THREADS, t = u & 3, r = (u >> 2) % a.token_rows, half_block = (u >> 2) / a.token_rows;
+            int k = first + half_block * 32 + t * 2;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (u < units && r < count && k < a.K) {
+                int row = EPILOGUE == 3 ? pairs[r] : pairs[r] / a.active;
+                const u32* from = (const u32*)(a.x + ((long long)row * a.K + k) * 2);
+                v[i] = make_uint4(from[0], from[4], from[8], from[12]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (u0 + i * THREADS < units) *(uint4*)(sh.x + (u0 + i * THREADS) * 16) = v[i];
+    }
+}
+
+// Second-level scales of the segment's rows, for every 16 of them those that their blocks may need.
+__device__ void load_nested(const Args& a, const Shared& sh, const Segment& seg) {
+#if SCALE_KIND == 0
+    const char* record = (const char*)a.table[sh.job_expert[seg.job]] + a.matrix_start;
+    const int2* meta = (const int2*)(record + a.meta_start) + 2 * seg.tile;
+    const float* nested = (const float*)(record + a.nested_start);
+    for (int i = threadIdx.x; i < 2 * seg.count * a.nested_span; i += THREADS) {
+        int m = i / a.nested_span, j = i % a.nested_span;
+        int2 one = meta[m];
+        sh.nested[i] = nested[min((one.x >> 8) + j, a.nested_count - 1)] * a.unscale;
+        if (j == 0) sh.meta[m] = make_float2(__int_as_float(one.x & 255), __int_as_float(one.y) * a.unscale);
+    }
+#endif
+}
+
+// ---- A chunk --------------------------------------------------------------------------------------------------------
+
+__device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The two levels of byte I of `codes`.
+template <int I>
+__device__ inline u32 levels(const char* lut, u32 codes, u32 lane4) {
+    return *(const u32*)(lut + __byte_perm(codes, lane4, 0x5504 | I << 4));
+}
+
+__device__ inline float half_to_float(u32 bits) {
+    float f;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
+    return f;
+}
+
+// The scales of one row in one chunk, of which `get` gives that of some 64 (or 32) columns.
+struct RowScales {
+#if SCALE_KIND == 0
+    u32 codes;
+    float nested, offset;
+    __device__ inline void load(const Shared& sh, const char* scales, int row, int m16, int first, int span) {
+        codes = *(const u32*)(scales + row * 4);
+        float2 meta = sh.meta[m16];
+        int block = __float_as_int(meta.x) + first;
+        nested = sh.nested[m16 * span + (block >> 8)];
+        offset = meta.y;
+    }
+    __device__ inline float get(const Shared& sh, int i) const {
+        return sh.map[(codes >> (8 * i)) & 255] * nested + offset;
+    }
+#elif SCALE_KIND == 1
+    float values[4];
+    __device__ inline void load(const Shared& sh, const char* scales, int row, int m16, int first, int span) {
+        float4 v = *(const float4*)(scales + row * 16);
+        values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+    }
+    __device__ inline float get(const Shared& sh, int i) const { return values[i]; }
+#else
+    u32 halves[SCALES_PER_ROW / 2];
+    __device__ inline void load(const Shared& sh, const char* scales, int row, int m16, int first, int span) {
+#pragma unroll
+        for (int i = 0; i < SCALES_PER_ROW / 2; ++i)
+            halves[i] = *(const u32*)(scales + row * 2 * SCALES_PER_ROW + 4 * i);
+    }
+    __device__ inline float get(const Shared& sh, int i) const { return half_to_float(halves[i / 2] >> (16 * (i & 1))); }
+#endif
+};
+
+// Steps of 16 columns whose sums share a scale, at most those of 64 columns.
+#define STEPS_PER_SCALE (SCALE_COLUMNS < 64 ? SCALE_COLUMNS / 16 : 4)
+
+__device__ inline void chunk(const Args& a, const Shared& sh, const char* stage, int tile, int c, int k_chunk,
+                             float (&sums)[2][4], int lane, u32 lane4, int x_lane) {
+    int g = lane >> 2;
+    RowScales scales[2][2];
+    int per_row = a.K / 64;
+#pragma unroll
+    for (int rt = 0; rt < 2; ++rt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int row = g + 8 * half;
+            scales[rt][half].load(sh, stage + CODES_NBYTES, 16 * rt + row, 2 * tile + rt, row * per_row + 4 * k_chunk,
+                                  a.nested_span);
+        }
+#pragma unroll
+    for (int kb = 0; kb < 4; ++kb) {
+        const char* xb = sh.x + (c * 4 + kb) * a.token_rows * 128 + x_lane;
+        uint4 b01 = *(const uint4*)xb, b23 = *(const uint4*)(xb + a.token_rows * 64);
+        u32 bs[8] = {b01.x, b01.y, b01.z, b01.w, b23.x, b23.y, b23.z, b23.w};
+        uint4 w0 = *(const uint4*)(stage + kb * 1024 + lane * 16), w1 = *(const uint4*)(stage + kb * 1024 + 512 + lane * 16);
+        u32 words[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
+#pragma unroll
+        for (int s0 = 0; s0 < 4; s0 += STEPS_PER_SCALE) {
+            float part[2][4] = {};
+#pragma unroll
+            for (int s = s0; s < s0 + STEPS_PER_SCALE; ++s)
+#pragma unroll
+                for (int rt = 0; rt < 2; ++rt) {  // two chains of products side by side
+                    u32 w = words[rt][s];
+                    mma(part[rt], levels<0>(sh.lut, w, lane4), levels<1>(sh.lut, w, lane4), levels<2>(sh.lut, w, lane4),
+                        levels<3>(sh.lut, w, lane4), bs[2 * s], bs[2 * s + 1]);
+                }
+#pragma unroll
+            for (int rt = 0; rt < 2; ++rt) {
+                int index = (kb * 64 + s0 * 16) / SCALE_COLUMNS;
+                float low = scales[rt][0].get(sh, index), high = scales[rt][1].get(sh, index);
+                sums[rt][0] += part[rt][0] * low;
+                sums[rt][1] += part[rt][1] * low;
+                sums[rt][2] += part[rt][2] * high;
+                sums[rt][3] += part[rt][3] * high;
+            }
+        }
+    }
+}
+
+// ---- From sums to outputs -------------------------------------------------------------------------------------------
+
+__device__ inline float& left(const Shared& sh, int i) { return *(float*)(sh.lut + i / 32 * LUT_STRIDE + 128 + i % 32 * 4); }
+
+// A warp's sums over its part of a tile, [32 rows][token_rows]; the parts of a warp and a tile are unique by their sum.
+__device__ inline void store_partial(const Args& a, const Shared& sh, int slot, float (&sums)[2][4], int lane) {
+    int to = slot * 32 * a.token_rows;
+    int g = lane >> 2, column = (lane & 3) * 2;
+#pragma unroll
+    for (int rt = 0; rt < 2; ++rt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int col = column + (i & 1);
+            if (col < a.token_rows) left(sh, to + (16 * rt + g + 8 * (i >> 1)) * a.token_rows + col) = sums[rt][i];
+            sums[rt][i] = 0;
+        }
+}
+
+__device__ inline float reduced(const Args& a, const Shared& sh, int width, int total, int tile, int row, int token) {
+    float sum = 0;
+    int begin = tile * width, end = begin + width;
+    for (int w = 0; w < WARPS; ++w)
+        if (w * total / WARPS < end && (w + 1) * total / WARPS > begin && w * total / WARPS < (w + 1) * total / WARPS)
+            sum += left(sh, ((tile + w) * 32 + row) * a.token_rows + token);
+    return sum;
+}
+
+__device__ inline unsigned short to_bfloat16(float f) {
+    unsigned short h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+
+__device__ void write_outputs(const Args& a, const Shared& sh, const Segment& seg) {
+    int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
+    int tokens = sh.job_count[seg.job];
+    const int rows = EPILOGUE == 2 ? 16 : 32;
+    for (int i = threadIdx.x; i < seg.count * rows * tokens; i += THREADS) {
+        int row = i % rows, tile = i / rows % seg.count, token = i / (rows * seg.count);
+        int pair = sh.pairs[sh.job_first[seg.job] + token], n = (seg.tile + tile) * rows + row;
+        if (n >= a.N) continue;
+        float y = reduced(a, sh, width, total, tile, row, token);
+#if EPILOGUE == 0
+        if (a.splits == 1)
+            ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y);
+        else
+            a.parts[((long long)seg.split * a.M + pair) * a.N + n] = y;
+#elif EPILOGUE == 1
+        ((float*)a.out)[((long long)seg.split * a.M + pair) * a.N + n] = y;
+#elif EPILOGUE == 2
+        float up = reduced(a, sh, width, total, tile, row + 16, token);
+        ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y / (1.0f + __expf(-y)) * up);
+#else
+        int choice = pair % a.active * a.splits + seg.split;
+        ((float*)a.out)[((long long)choice * a.M + pair / a.active) * a.N + n] = y * a.weights[pair];
+#endif
+    }
+}
+
+// Of a tile whose K is split among blocks, the block that ends last adds the parts, always in the same order.
+__device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
+    __threadfence();
+    __syncthreads();
+    for (int i = threadIdx.x; i < seg.count; i += THREADS) {
+        int* arrived = a.arrived + seg.job * a.tiles + seg.tile + i;
+        sh.last[i] = atomicAdd(arrived, 1) == a.splits - 1;
+        if (sh.last[i]) *arrived = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    int tokens = sh.job_count[seg.job];
+    for (int i = threadIdx.x; i < seg.count * 32 * tokens; i += THREADS) {
+        int row = i % 32, tile = i / 32 % seg.count, token = i / (32 * seg.count);
+        int pair = sh.pairs[sh.job_first[seg.job] + token], n = (seg.tile + tile) * 32 + row;
+        if (n >= a.N || !sh.last[tile]) continue;
+        float sum = 0;
+        for (int s = 0; s < a.splits; ++s) sum += __ldcg(a.parts + ((long long)s * a.M + pair) * a.N + n);
+        ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(sum);
+    }
+}
+
+// Every entry once for each lane; a warp reads 32 entries and hands them around.
+__device__ void fill_table(const Args& a, const Shared& sh, int lane, int warp) {
+    for (int first = warp * 32; first < 256; first += THREADS) {
+        u32 mine = a.lut[first + lane];
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+            *(u32*)(sh.lut + (first + i) * LUT_STRIDE + lane * 4) = __shfl_sync(0xffffffff, mine, i);
+    }
+}
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+
+extern __shared__ __align__(1024) char shared_memory[];
+
+__device__ inline Shared carve(const Args& a) {
+    Shared sh;
+    char* at = shared_memory;
+    sh.lut = at, at += LUT_NBYTES;
+    sh.ring = at, at += WARPS * a.stages * CHUNK_NBYTES;
+    sh.x = at, at += ((a.chunks + a.splits - 1) / a.splits) * 512 * a.token_rows;
+    sh.bars = (u64*)at, at += WARPS * a.stages * 8;
+    sh.map = (float*)at, at += SCALE_KIND == 0 ? 1024 : 0;
+    sh.meta = (float2*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 16 : 0;
+    sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.nested_span * 4 : 0;
+    int pairs = a.M * a.active, most = max(pairs, a.experts);
+    sh.pairs = (int*)at, at += 4 * most;
+    sh.job_expert = (int*)at, at += 4 * most;
+    sh.job_first = (int*)at, at += 4 * most;
+    sh.job_count = (int*)at, at += 4 * most;
+    sh.last = (int*)at;
+    return sh;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
+    Shared sh = carve(a);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    char* ring = sh.ring + warp * a.stages * CHUNK_NBYTES;
+    u64* bars = sh.bars + warp * a.stages;
+    if (lane < a.stages) barrier_init(bars + lane, __CUDA_ARCH__ >= 900 ? 1 : 32);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+#if EPILOGUE == 2
+    wait_for_previous_kernel();  // the ids are its outputs; those of the kernels before it are there already
+#endif
+    int units = make_jobs(a, sh) * a.splits * a.tiles;
+    int start = (long long)blockIdx.x * units / gridDim.x, stop = (long long)(blockIdx.x + 1) * units / gridDim.x;
+
+    // Weights never change: their first chunks are on their way before anything else is waited for.
+    Stream ahead = {start, stop}, now = {start, stop};
+    bool more = stream_segment(a, sh, ahead, warp);
+    for (int i = 0; i < a.stages && more; ++i) {
+        copy_chunk(ring + i * CHUNK_NBYTES, ahead.from, bars + i, lane);
+        stream_step(ahead);
+        if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
+    }
+    fill_table(a, sh, lane, warp);
+#if SCALE_KIND == 0
+    for (int i = threadIdx.x; i < 256; i += THREADS) sh.map[i] = a.map[i];
+#endif
+#if EPILOGUE != 2
+    wait_for_previous_kernel();
+#endif
+
+    u32 lane4 = lane * 4;
+    int stage = 0;
+    u32 parity = 0;
+    float sums[2][4] = {};
+    for (int unit = start; unit < stop;) {
+        Segment seg = segment_at(a, unit, stop);
+        int x_lane = min(lane >> 2, sh.job_count[seg.job] - 1) * 64 + (lane & 3) * 16;
+        load_x(a, sh, seg);
+        load_nested(a, sh, seg);
+        __syncthreads();
+        int first = split_start(a, seg.split);
+        now.unit = unit;
+        now.stop = unit + seg.count;
+        if (stream_segment(a, sh, now, warp))
+            while (now.q < now.q_end) {
+                char* at = ring + stage * CHUNK_NBYTES;
+                barrier_wait(bars + stage, parity);
+                chunk(a, sh, at, now.tile, now.c, first + now.c, sums, lane, lane4, x_lane);
+                __syncwarp();
+                if (more) {
+                    copy_chunk(at, ahead.from, bars + stage, lane);
+                    stream_step(ahead);
+                    if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
+                }
+                if (++stage == a.stages) stage = 0, parity ^= 1;
+                int tile = now.tile;
+                stream_step(now);
+                if (now.tile != tile || now.q == now.q_end) store_partial(a, sh, tile + warp, sums, lane);
+            }
+        __syncthreads();
+        write_outputs(a, sh, seg);
+        if (EPILOGUE == 0 && a.splits > 1) add_parts(a, sh, seg);
+        unit += seg.count;
+    }
+}

@@ -1,0 +1,163 @@
+"""Products of few tokens with 4-bit matrices on CUDA: how `skinny.cu` is launched.
+
+M tokens, N rows, K columns, A experts chosen for each token.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.nf4_math import dynamic_map
+from minibble.runtime.kernels.nvrtc import Kernel
+from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, byte_levels, level_scale
+
+TOKENS = 8  # in one pass over the weights
+MAX_TOKENS = 64  # that the list of jobs has room for
+WARPS = (16, 12, 8)  # of a block: the most for which shared memory has room for two chunks each
+SEGMENT_TILES = 32
+_LUT_NBYTES = 256 * 256
+_LEFT = 256 * 32  # floats that fit between the table's entries
+# What a matrix product's results become: the macro EPILOGUE.
+BFLOAT16, PARTS, GATE_UP, DOWN = range(4)
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "ids", "weights", "x", "out", "lut", "map")),
+        *((name, ctypes.c_int) for name in ("M", "active", "experts", "N", "K", "tiles", "chunks", "splits")),
+        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles")),
+        *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
+        ("nested_span", ctypes.c_int),
+        ("parts", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
+        ("unscale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where a matrix of each expert lies: `table` int64 [E] of record addresses on the device, `start` in a record."""
+
+    layout: TileLayout
+    table: Tensor
+    start: int = 0
+
+
+def launch(
+    operand: Operand,
+    epilogue: int,
+    x: Tensor,
+    out: Tensor,
+    *,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    splits: int = 1,
+) -> None:
+    """Multiply the rows of `x`, bfloat16 [rows, K], into `out` as `epilogue` says, on torch's current stream.
+
+    `ids` int32 [M, A] and `weights` float32 [M, A] are the experts chosen and the router's weights. GATE_UP takes x
+    [M, K] and gives bfloat16 [M * A, F]; DOWN takes [M * A, F] and gives float32 [A * splits, M, N].
+    """
+    layout, table = operand.layout, operand.table
+    M, active = (x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
+    assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
+    assert out.is_contiguous() and M <= MAX_TOKENS and table.numel() <= 32 * WARPS[-1]
+    assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
+    device = x.device
+    shape = _shape(layout, min(TOKENS, M), splits, max(M * active, table.numel()), _shared_limit(device.index))
+    parts = arrived = table  # not looked at where nothing is split among blocks and put together again
+    if epilogue == BFLOAT16 and splits > 1:
+        parts = torch.empty(splits, M, layout.N, device=device)
+        arrived = _zeros(-(-M // TOKENS) * layout.tiles, device)
+    args = _Args(
+        *(None if t is None else t.data_ptr() for t in (table, ids, weights, x, out)),
+        byte_levels_on(layout.levels, device).data_ptr(),
+        dynamic_map(device).data_ptr(),
+        M, active, table.numel(),
+        layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
+        min(TOKENS, M), shape.stages, shape.segment_tiles,
+        operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
+        parts.data_ptr(), arrived.data_ptr(),
+        1 / level_scale(layout.levels),
+    )  # fmt: skip
+    kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
+    kernel = _kernel(shape.warps, kind, layout.scale_columns, epilogue)
+    kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
+
+
+def best_splits(tiles: int, device: torch.device, most: int = 4) -> int:
+    """Into how many parts of K to cut a matrix of `tiles` so that its work divides well among the processors."""
+    count = _processors(device.index)
+
+    def idle(splits: int) -> float:
+        units = tiles * splits
+        return -(-units // count) * count / units
+
+    return min(range(1, most + 1), key=lambda splits: (round(idle(splits), 1), splits))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a block: its warps, the chunks that each keeps in flight, tiles of a segment, bytes of shared memory."""
+
+    warps: int
+    stages: int
+    segment_tiles: int
+    nbytes: int
+
+
+@cache
+def _shape(layout: TileLayout, token_rows: int, splits: int, pairs: int, limit: int) -> _Shape:
+    shapes = [_with_warps(warps, layout, token_rows, splits, pairs, limit) for warps in WARPS]
+    shape = next((one for one in shapes if one.stages >= 2), shapes[-1])
+    assert shape.stages >= 1, f"{layout.K} columns of {token_rows} tokens do not fit into shared memory"
+    return shape
+
+
+def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, pairs: int, limit: int) -> _Shape:
+    segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - warps)
+    fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + 16 * max(pairs, 1) + 4 * segment
+    if layout.nested:
+        fixed += 1024 + segment * (16 + 8 * _nested_span(layout))
+    stages = min((limit - fixed) // (warps * (layout.chunk_nbytes + 8)), 16)
+    return _Shape(warps, stages, segment, fixed + stages * warps * (layout.chunk_nbytes + 8))
+
+
+@cache
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """Counters that every launch leaves as it found them."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _nested_span(layout: TileLayout) -> int:
+    """Second-level scales that 16 rows can touch."""
+    return (16 * (layout.K // 64) + 510) // 256
+
+
+@cache
+def _kernel(warps: int, scale_kind: int, scale_columns: int, epilogue: int) -> Kernel:
+    macros: dict[str, int | str] = {
+        "WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns, "EPILOGUE": epilogue
+    }  # fmt: skip
+    return Kernel("skinny", [Path(__file__).with_name("skinny.cu")], macros)
+
+
+@cache
+def byte_levels_on(levels: Any, device: torch.device) -> Tensor:
+    """The table of `tiles.byte_levels`, kept on `device`."""
+    return byte_levels(levels, device)
+
+
+@cache
+def _shared_limit(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
