@@ -8,7 +8,7 @@ import traceback
 import click
 
 from minibble import __version__
-from minibble.cli import demo, doctor, evaluate, quantize, report, run, verify
+from minibble.cli import bench, demo, doctor, evaluate, quantize, report, run, verify
 from minibble.cli.options import DEBUG, debug_option
 from minibble.cli.output import describe, note
 from minibble.quantize.errors import MinibbleError
@@ -59,7 +59,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="minibble: %(levelname)s: %(message)s")
 
 
-for _module in (quantize, run, report, evaluate, verify, doctor, demo):
+for _module in (quantize, run, report, evaluate, verify, bench, doctor, demo):
     main.add_command(_module.command)
 
 

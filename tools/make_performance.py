@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minibble.runtime.bench import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +29,9 @@ def render() -> str:
     return "\n".join(
         [
             HEAD,
+            *kernels(),
+            *decode_layer(),
+            *prefill_layers(),
             quality(),
             calibrated_quality(),
             calibrate_gpu(),
@@ -37,6 +42,79 @@ def render() -> str:
             rest(),
         ]
     )
+
+
+def kernels() -> list[str]:
+    """linear4 and moe4 beside their peers, a table each for every GPU that was measured."""
+    found = []
+    for r in of_each_gpu("kernels"):
+        N, K = r["linear4"]["shape"]
+        sizes = r["moe4"]["sizes"]
+        text = (
+            f"`benchmarks/kernels.py`. {tables.ceilings(r)}, both in the same run, in which everything here was "
+            f"measured. Microseconds a call (share of the reading bandwidth), medians of CUDA graphs over weights "
+            f"rotated past the L2 cache, errors at most {r['bounds']['ours']:.0e} against float64. "
+        )
+        left_out = " ".join(f"{line[0].upper()}{line[1:]}." for line in tables.missing(r))
+        linear = f"One matrix, {K} to {N}, M tokens, bfloat16. {left_out}"
+        moe = (
+            f"{sizes['A']} of {sizes['E']} experts of {sizes['D']} x {sizes['F']} for each of M tokens; the last "
+            "columns are the time for each expert whose weights are read, as a multiple of that at M = 1. Peers go "
+            "expert by expert and know beforehand which tokens each has."
+        )
+        found += [
+            section(f"4-bit products, {r['hardware']['gpu']}", text + linear, *tables.linear4(r)),
+            section(f"Routed experts, {r['hardware']['gpu']}", moe, *tables.moe4(r)),
+        ]
+    return found
+
+
+def decode_layer() -> list[str]:
+    results = of_each_gpu("decode_layer")
+    if not results:
+        return []
+    first = results[0]
+    peers = ", ".join(f"{name}: {us:,} µs" for name, us in first["peers_us"].items())
+    batches = [row["batch"] for row in next(iter(first["formats"].values()))["rows"]]
+    text = (
+        "`benchmarks/decode_layer.py`: a token of each sequence through a layer of the released size, attention and "
+        "experts, microseconds in a CUDA graph, mean of seven lightning layers and one softmax layer that sees "
+        f"{first['context']} tokens. The floor is the bytes of one token over the reading bandwidth of the same run. "
+        f"{peers}."
+    )
+    rows = [
+        [
+            r["hardware"]["gpu"], name, f"{found['rows'][0]['floor_us']:.0f}",
+            *(f"**{row['us']:.0f}**" if row["batch"] == 1 else f"{row['us']:.0f}" for row in found["rows"]),
+        ]
+        for r in results
+        for name, found in r["formats"].items()
+    ]  # fmt: skip
+    return [section("A decode layer", text, ["", "", "floor", *(f"batch {batch}" for batch in batches)], rows)]
+
+
+def prefill_layers() -> list[str]:
+    results = of_each_gpu("prefill_layers")
+    if not results:
+        return []
+    first = results[0]
+    peers = ", ".join(f"{name}: {rate:,}" for name, rate in first["peers_tokens_per_s"].items())
+    text = (
+        f"`benchmarks/prefill_layers.py`: {first['tokens']} tokens through {first['layers']} layers of the released "
+        f"size, {sum(first['flops'].values()) / 1e12:.0f} TFLOP, so many tokens at a time; the share is of cuBLAS on "
+        f"8192 x 8192 x 8192 in the same run. Tokens per second over 80 layers: {peers}."
+    )
+    head = ["", "", "tokens at a time", "ms", "TFLOP/s", "share", "tokens/s over 80 layers"]
+    rows = [
+        [
+            r["hardware"]["gpu"], name, str(row["chunk"]), f"{1e3 * row['seconds']:.0f}", f"{row['TFLOP_per_s']:.0f}",
+            f"{row['share']:.0%}", f"{row['tokens_per_s']:,}",
+        ]
+        for r in results
+        for name, found in r["formats"].items()
+        for row in found["rows"]
+    ]  # fmt: skip
+    return [section("Prefill", text, head, rows)]
 
 
 def quality() -> str:
@@ -128,7 +206,7 @@ def run_gpu() -> str:
     text = (
         f"`benchmarks/run_gpu.py`, {r['gpu']}: `minibble run` of {r['layers']} layers of the real size (one lightning, "
         f"one softmax) with embedding and head, {r['checkpoint_bytes'] / 1e9:.1f} GB, prompt of {r['prompt_tokens']} "
-        "tokens. Matrices are decoded by one Triton kernel and multiplied by cuBLAS; fused kernels are to come."
+        "tokens. Matrices are decoded by one Triton kernel and multiplied by cuBLAS, without the kernels above."
     )
     return section("Running on a GPU, plain path", text, ["", ""], rows)
 
@@ -190,6 +268,11 @@ def section(title: str, text: str, head: list[str], rows: list[list[str]]) -> st
     lines = [f"## {title}", "", *([text, ""] if text else [])]
     lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
+
+
+def of_each_gpu(name: str) -> list[dict[str, Any]]:
+    """The results called NAME_GPU.json, by name."""
+    return [read(path.stem) for path in sorted(RESULTS.glob(f"{name}_*.json"))]
 
 
 def read(name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from minibble.cli.main import main
 from minibble.cli.output import ProgressLine, duration, emit_json
 from minibble.quantize.errors import CheckpointError
 
-COMMANDS = ["quantize", "run", "report", "evaluate", "verify", "doctor", "demo"]
+COMMANDS = ["quantize", "run", "report", "evaluate", "verify", "bench", "doctor", "demo"]
 
 
 def one_line_error(result) -> str:
@@ -40,7 +40,7 @@ def test_commands_are_listed_in_the_order_of_use(cli) -> None:
     assert list(main.commands) == COMMANDS
     result = cli("--help")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()[:7]] == COMMANDS
+    assert [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()[: len(COMMANDS)]] == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

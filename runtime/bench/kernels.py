@@ -1,0 +1,52 @@
+"""The kernels that read 4-bit weights, measured on one GPU: `minibble bench` and `benchmarks/kernels.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from minibble.quantize.formats import Format
+from minibble.quantize.int4 import Int4
+from minibble.quantize.nf4 import NF4
+from minibble.runtime.bench import gpu, linear, moe
+from minibble.runtime.bench.check import BOUND, PEER_BOUND
+
+FORMATS: dict[str, Format] = {"nf4-dq": NF4(), "int4-g128": Int4(128)}
+
+Progress = Callable[[float, float, str], None]
+
+
+def measure(device: torch.device, *, quick: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """linear4 and moe4 in both formats beside their peers on `device`, shares of what its memory reads in the same run.
+
+    `quick` takes few numbers of tokens. `progress` gets what is done, of how much, and what is in work. Raises
+    WrongResult if one of our kernels is wrong by more than BOUND.
+    """
+    linear_tokens, moe_tokens = (linear.QUICK_TOKENS, moe.QUICK_TOKENS) if quick else (linear.TOKENS, moe.TOKENS)
+    total = 1 + 5 * len(linear_tokens) + 4 * len(moe_tokens)  # kernels, if every peer is there
+    done = 0
+
+    def tell(current: str) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(done, total, current)
+        done += 1
+
+    with torch.inference_mode(), torch.cuda.device(device):
+        tell("bandwidth")
+        ceilings = gpu.ceilings(device)
+        read = ceilings["read_GB_per_s"]
+        result = {
+            "what": "medians of CUDA graphs' replays, weights in turn past the L2 cache; bytes are codes and scales",
+            "hardware": gpu.hardware(device),
+            "versions": gpu.versions(),
+            "ceilings": ceilings,
+            "bounds": {"ours": BOUND, "peers": PEER_BOUND},
+            "quick": quick,
+            "linear4": linear.measure(FORMATS, linear_tokens, device, read, tell),
+        }
+        torch.cuda.empty_cache()
+        result["moe4"] = moe.measure(FORMATS, moe_tokens, device, read, tell)
+    if progress is not None:
+        progress(total, total, "done")
+    return result

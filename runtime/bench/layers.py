@@ -1,0 +1,69 @@
+"""Layers of the released size with random 4-bit weights, made on the GPU: no file of this size is needed."""
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.builtin import BUILTIN
+from minibble.quantize.config import ModelConfig
+from minibble.quantize.formats import Format
+from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
+from minibble.runtime.layout import by_module
+from minibble.runtime.loading import _fill
+from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.state import HybridState
+
+PATTERN = (0, 0, 0, 0, 0, 0, 0, 1)  # of the released model: seven lightning layers, then a softmax layer
+VOCABULARY = 512  # embedding and head are no part of what is measured
+
+Part = Tensor | QuantizedTensor
+
+
+def real_config(pattern: tuple[int, ...] = PATTERN, **overrides: object) -> ModelConfig:
+    """The released model's config with the layers of `pattern` (1 is softmax attention) and a small vocabulary."""
+    raw = BUILTIN["minimax-text-01"] | {
+        "num_hidden_layers": len(pattern),
+        "attn_type_list": list(pattern),
+        "vocab_size": VOCABULARY,
+    }
+    return ModelConfig.from_dict(raw | overrides)
+
+
+def random_model(config: ModelConfig, format: Format, device: torch.device, seed: int = 0) -> MiniMaxForCausalLM:
+    """A model with random weights in `format`, the same for the same `seed`, with activations in bfloat16."""
+    model = MiniMaxForCausalLM(config, torch.bfloat16)
+    generator = generator_on(device, seed)
+    specs = {spec.name: spec for spec in inventory(config)}
+    for module, names in by_module(config):
+        chosen = [specs[name] for name in names]
+        _fill(model, module, chosen, [_part(spec, format, device, generator) for spec in chosen], device)
+    return model.eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def _part(spec: TensorSpec, format: Format, device: torch.device, generator: torch.Generator) -> Part:
+    if spec.role in quantized_roles():
+        return random_matrix((spec.shape[0], spec.shape[1]), format, device, generator)
+    if spec.role == "norm":
+        return torch.ones(spec.shape, dtype=torch.bfloat16, device=device)
+    # Rows of the embedding and logits of the router come out with a standard deviation of 1.
+    std = 1.0 if spec.role == "embedding" else spec.shape[-1] ** -0.5
+    return random_tensor(spec.shape, std, device, generator)
+
+
+def random_state(model: MiniMaxForCausalLM, batch: int, context: int, room: int = 64, seed: int = 0) -> HybridState:
+    """What `context` random tokens of `batch` sequences could have left, with room for more."""
+    config, generator = model.minibble, generator_on(model.device, seed)
+    state = HybridState(config, reserve=context + room)
+    H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    for layer, kind in enumerate(config.attention):
+        if kind == "lightning":
+            held = torch.randn(batch, H, K, K, device=model.device, generator=generator)
+            state.set_lightning_state(layer, held)
+        else:
+            shape = (batch, G, context + room, K)
+            state.keys[layer], state.values[layer] = (
+                random_tensor(shape, 1.0, model.device, generator) for _ in range(2)
+            )
+    state.advance(context, None)
+    return state

@@ -1,0 +1,66 @@
+"""Results of the kernels' benchmark as tables of text, from the JSON alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Table = tuple[list[str], list[list[str]]]  # head, rows
+
+
+def linear4(result: Mapping[str, Any]) -> Table:
+    """Microseconds of every kernel at every M; up to 64 tokens also its share of the reading bandwidth."""
+    part = result["linear4"]
+    return ["M", *part["nbytes"]], [
+        [str(row["M"]), *(_cell(row["kernels"].get(kernel), row["M"] <= 64) for kernel in part["nbytes"])]
+        for row in part["rows"]
+    ]
+
+
+def moe4(result: Mapping[str, Any]) -> Table:
+    """Microseconds and share of every kernel at every M, and how long one expert takes beside one token's."""
+    part = result["moe4"]
+    ours = [kernel for kernel in part["expert_nbytes"] if kernel in result["linear4"]["nbytes"]]
+    head = ["M", "experts read", *part["expert_nbytes"], *(f"{kernel}, an expert over M = 1" for kernel in ours)]
+    first = part["rows"][0]["kernels"]
+    return head, [
+        [
+            str(row["M"]), f"{row['touched']:g}",
+            *(_cell(row["kernels"].get(kernel), True) for kernel in part["expert_nbytes"]),
+            *(f"{row['kernels'][kernel]['us_per_expert'] / first[kernel]['us_per_expert']:.2f}" for kernel in ours),
+        ]
+        for row in part["rows"]
+    ]  # fmt: skip
+
+
+def _cell(found: Mapping[str, float] | None, share: bool) -> str:
+    if found is None:
+        return "–"
+    return f"{found['us']:.1f}" + (f" ({found['share']:.0%})" if share else "")
+
+
+def missing(result: Mapping[str, Any]) -> list[str]:
+    """A line for each peer that could not be measured."""
+    found = {**result["linear4"]["missing"], **result["moe4"]["missing"]}
+    return [f"not measured: {peer} ({why})" for peer, why in found.items()]
+
+
+def ceilings(result: Mapping[str, Any]) -> str:
+    """The GPU and what it reached in the same run."""
+    found, gpu = result["ceilings"], result["hardware"]["gpu"]
+    return (
+        f"{gpu}: reads {found['read_GB_per_s']:,.0f} GB/s, multiplies bf16 at {found['bf16_TFLOP_per_s']:.0f} TFLOP/s"
+    )
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Everything, for a log."""
+    tables = (("linear4 6144 to 9216", linear4), ("moe4", moe4))
+    text = [ceilings(result)]
+    for title, make in tables:
+        head, rows = make(result)
+        text += [f"{title}: microseconds (share of reading bandwidth)", *_aligned([head, *rows])]
+    return text + missing(result)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,0 +1,100 @@
+"""Whole layers: are they right, and where does their time go. B batch, T tokens, V vocabulary."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.config import ModelConfig
+from minibble.quantize.formats import Format
+from minibble.runtime.bench.check import WrongResult
+from minibble.runtime.bench.gpu import poisoned
+from minibble.runtime.bench.layers import random_model
+from minibble.runtime.decode import Inputs, decode_step
+from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.state import HybridState
+
+BOUND = 2e-2  # relative error of a token's logits after two layers whose activations are bfloat16 on both sides
+OTHER_EXPERTS = 0.1  # share of tokens that rounding may send to other experts, which makes their logits others
+
+
+@contextmanager
+def kernels(which: str) -> Iterator[None]:
+    """The kernels that `MINIBBLE_KERNELS=which` chooses."""
+    before = os.environ.get("MINIBBLE_KERNELS")
+    os.environ["MINIBBLE_KERNELS"] = which
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINIBBLE_KERNELS"]
+        else:
+            os.environ["MINIBBLE_KERNELS"] = before
+
+
+def check_layers(
+    config: ModelConfig, format: Format, device: torch.device, prompt: tuple[int, int] = (16, 40)
+) -> dict[str, float]:
+    """Errors of the logits of a prompt [B, T] and of a decoded token after it, against the reference kernels.
+
+    Both models have the same weights. WrongResult if more tokens than OTHER_EXPERTS are off by more than BOUND.
+    """
+    B, T = prompt
+    ids = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    with kernels("reference"):
+        expected = _logits(random_model(config, format, device), ids, fused=False)
+    with kernels(""):
+        model = random_model(config, format, device)
+        with poisoned():
+            found = _logits(model, ids, fused=True)
+    return {
+        "prefill": _error("prefill", found[:, :T], expected[:, :T]),
+        "decode": _error("decode", found[:, T:], expected[:, T:]),
+    }
+
+
+def _logits(model: MiniMaxForCausalLM, ids: Tensor, fused: bool) -> Tensor:
+    """Logits [B, T + 1, V] of the prompt and of one token after it, which goes through `decode_step` if `fused`."""
+    T, state = ids.shape[1] - 1, HybridState(model.minibble, reserve=ids.shape[1])
+    first = model(ids[:, :T], past_key_values=state).logits
+    if fused:
+        inputs = step_inputs(model, ids[:, T], state)
+        return torch.cat([first, decode_step(model, inputs, state)[:, None]], dim=1)
+    return torch.cat([first, model(ids[:, T:], past_key_values=state).logits], dim=1)
+
+
+def step_inputs(model: MiniMaxForCausalLM, ids_B: Tensor, state: HybridState) -> Inputs:
+    """What `decode_step` reads for the tokens `ids_B` after all that `state` has seen."""
+    inputs = Inputs.empty(model, len(ids_B), state.capacity)
+    inputs.ids.copy_(ids_B)
+    inputs.positions.fill_(state.length)
+    inputs.past.fill_(state.length)
+    return inputs
+
+
+def _error(what: str, found: Tensor, expected: Tensor) -> float:
+    """The median over tokens of the relative error of their logits."""
+    errors = ((found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)).flatten()
+    off = float((~(errors <= BOUND)).float().mean())  # NaN is off
+    if off > OTHER_EXPERTS:
+        raise WrongResult(
+            f"{what}: the logits of {off:.0%} of the tokens are off by more than {BOUND:.0e} of the reference's, "
+            f"at most {OTHER_EXPERTS:.0%} allowed"
+        )
+    return float(f"{float(errors.median()):.3g}")
+
+
+def kernel_times_us(call: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds on the GPU of one `call`, by the kernel's name, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    times = {event.key[:80]: event.self_device_time_total for event in profiled.key_averages()}
+    return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us > 0}
