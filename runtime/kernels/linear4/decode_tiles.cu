@@ -1,0 +1,89 @@
+// Tiles of the layout of tiles.py to a bfloat16 matrix [N, K]: a level times its scale in float32, rounded once.
+//
+// A block of four warps decodes a chunk of 32 rows x 256 columns; a warp its own 64 columns, 16 rows at a time, turned
+// from the order of the tensor cores to rows in shared memory. Macros: NF4 (else int4), NESTED (double quantization),
+// SCALE_COLUMNS (columns that share a scale).
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int CODES_NBYTES = 4096;
+constexpr int SCALE_BLOCKS = 256 / SCALE_COLUMNS;
+constexpr int PITCH = 36;  // words of a row of 64: a step of 4 spreads rows over all banks
+
+struct Source {
+    const u8* matrix;
+    u64 meta_start, nested_start;
+    const float* levels;       // [16]
+    const float* dynamic_map;  // [256]
+    int chunks, chunk_nbytes, K;
+};
+
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+    float value;
+    asm("{.reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+__device__ __forceinline__ float scale_of(const Source& p, int tile, int chunk, int row, int block) {
+    const u8* scales = p.matrix + ((u64)tile * p.chunks + chunk) * p.chunk_nbytes + CODES_NBYTES;
+    int i = row * SCALE_BLOCKS + block;
+#if NESTED
+    int2 meta = ((const int2*)(p.matrix + p.meta_start))[2 * tile + row / 16];
+    int first = meta.x + (row & 15) * (p.K / 64) + chunk * 4;
+    float nested = ((const float*)(p.matrix + p.nested_start))[first / 256];
+    return __fadd_rn(__fmul_rn(p.dynamic_map[scales[i]], nested), __int_as_float(meta.y));
+#elif NF4
+    return ((const float*)scales)[i];
+#else
+    return half_to_float(((const unsigned short*)scales)[i]);
+#endif
+}
+
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    decode_tiles(const Source p, unsigned short* out, int first_row, int end_row) {
+    __shared__ float levels[16];
+    __shared__ __align__(16) u32 turned[4][16 * PITCH];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int chunk = blockIdx.x, tile = first_row / 32 + blockIdx.y;
+    if (threadIdx.x < 16) levels[threadIdx.x] = p.levels[threadIdx.x];
+    __syncthreads();
+    const uint4* codes = (const uint4*)(p.matrix + ((u64)tile * p.chunks + chunk) * p.chunk_nbytes);
+    u32* mine = turned[warp];
+    for (int rt = 0; rt < 2; rt++) {
+        uint4 loaded = codes[(2 * warp + rt) * 32 + lane];
+        u32 words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+        float scales[2] = {};
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            if (s == 0 || s * 16 % SCALE_COLUMNS == 0) {
+                int block = (64 * warp + 16 * s) / SCALE_COLUMNS;
+                scales[0] = scale_of(p, tile, chunk, 16 * rt + g, block);
+                scales[1] = scale_of(p, tile, chunk, 16 * rt + g + 8, block);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 byte = words[s] >> 8 * i & 255;
+                float scale = scales[i & 1];
+                mine[(g + 8 * (i & 1)) * PITCH + 8 * s + 4 * (i >> 1) + t] =
+                    pair_of(levels[byte >> 4] * scale, levels[byte & 15] * scale);
+            }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int local = 4 * i + lane / 8, row = 32 * tile + 16 * rt + local;
+            int column = 256 * chunk + 64 * warp + 8 * (lane % 8);
+            uint4 values = *(const uint4*)(mine + local * PITCH + 4 * (lane % 8));
+            if (row < end_row && column < p.K) *(uint4*)(out + (u64)(row - first_row) * p.K + column) = values;
+        }
+        __syncwarp();
+    }
+}

@@ -1,0 +1,338 @@
+"""Products of many tokens with 4-bit matrices in the kernel layout: the tensor cores' kernel of Hopper, and for other
+GPUs slices decoded to bfloat16 for cuBLAS. Axes: M tokens, N rows, K columns; E experts, A active, P = M*A pairs,
+D hidden, F expert hidden.
+
+Nothing here waits for the GPU, and everything may be captured in CUDA graphs.
+"""
+
+import ctypes
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.nf4_math import dynamic_map, level_table
+from minibble.runtime.kernels import nvrtc
+from minibble.runtime.kernels.tiles import ROWS, TileLayout, byte_levels, level_scale
+
+_HERE = Path(__file__).parent
+_SOURCES = (_HERE / "ptx.cuh", _HERE / "wgmma.cuh", _HERE / "tile.cu")
+_BLOCK_ROWS, _THREADS, _SHARED_NBYTES = 256, 384, 232448
+TOKENS = (16, 32, 64, 128)  # of a tile
+MAX_EXPERTS = 511
+_BAND = 16  # tiles of tokens that share a pass over the weights: 25 MB of x at K = 6144, half of the L2 cache
+SLICE_NBYTES = 16 << 20  # of decoded weights at a time
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+class _Problem(ctypes.Structure):
+    """Of tile.cu, in its order."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("out", "matrices", "matrix_start", "meta_start", "nested_start")),
+        *((name, ctypes.c_uint64) for name in ("offsets", "pairs", "weights", "table", "dynamic_map")),
+        *((name, ctypes.c_uint64) for name in ("partials", "flags")),
+        ("inverse", ctypes.c_float),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("experts", "tokens", "N", "K", "tiles", "chunks", "chunk_nbytes", "band")
+        ),
+    )
+
+
+class _Source(ctypes.Structure):
+    """Of decode_tiles.cu, in its order."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("matrix", "meta_start", "nested_start", "levels", "dynamic_map")),
+        *((name, ctypes.c_int32) for name in ("chunks", "chunk_nbytes", "K")),
+    )
+
+
+def available(device: torch.device) -> bool:
+    """True where the tensor cores' kernel runs."""
+    return device.type == "cuda" and nvrtc.available() and nvrtc.is_hopper(device)
+
+
+def linear(x_MK: Tensor, data: Tensor, layout: TileLayout, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x W^T, bfloat16 or float32 [M, N], from x bfloat16 [M, K] and W in `layout`, uint8 [layout.nbytes]."""
+    M, K = x_MK.shape
+    assert K == layout.K and x_MK.dtype == torch.bfloat16 and data.numel() >= layout.nbytes
+    out = torch.empty(M, layout.N, dtype=out_dtype, device=x_MK.device)
+    if not M:
+        return out
+    tokens = tile_tokens(M)
+    units = -(-M // tokens) * _row_tiles(layout) * layout.chunks * 4
+    _launch(
+        _kernel(layout, tokens, out_float=out_dtype == torch.float32),
+        _aligned(x_MK),
+        out,
+        layout,
+        tokens,
+        matrices=data,
+        grid=min(_multiprocessors(x_MK.device.index), -(-units // 4)),
+    )
+    return out
+
+
+def experts(
+    x_MD: Tensor,
+    ids_MA: Tensor,
+    weights_MA: Tensor,
+    records_E: Tensor,
+    gate_up: TileLayout,
+    down: TileLayout,
+    down_start: int,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The routed experts of x, bfloat16 [M, D]: the sum over a token's experts of weight * down(silu(gate x) * up x).
+
+    `records_E`, int64, are the addresses of the experts' records: gate and up, interleaved, then `down_start` bytes on
+    down. `ids_MA` are integers, `weights_MA` float32. The sum is made in float32.
+    """
+    M, A = ids_MA.shape
+    D, F = down.N, gate_up.N // 2
+    assert gate_up.interleaved and x_MD.shape == (M, gate_up.K) and down.K == F and weights_MA.dtype == torch.float32
+    assert len(records_E) <= MAX_EXPERTS
+    if not M:
+        return torch.empty(M, D, dtype=out_dtype, device=x_MD.device)
+    pairs, offsets = sort_pairs(ids_MA, len(records_E))
+    x_PD = x_MD.index_select(0, pairs // A)
+    h_PF = grouped(x_PD, records_E, gate_up, offsets, silu=True)
+    y_PD = grouped(h_PF, records_E, down, offsets, start=down_start, pairs=pairs, weights=weights_MA)
+    return y_PD.view(M, A, D).sum(1, dtype=out_dtype)
+
+
+def sort_pairs(ids_MA: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Pairs m * A + a in the order of their experts, int64 [P], and where each expert's begin, int32 [experts + 1]."""
+    sorted_ids, pairs = ids_MA.reshape(-1).sort(stable=True)
+    edges = torch.arange(experts + 1, dtype=sorted_ids.dtype, device=sorted_ids.device)
+    return pairs, torch.searchsorted(sorted_ids, edges, out_int32=True)
+
+
+def grouped(
+    x_PK: Tensor,
+    records_E: Tensor,
+    layout: TileLayout,
+    offsets: Tensor,
+    start: int = 0,
+    silu: bool = False,
+    pairs: Tensor | None = None,
+    weights: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Each expert's matrix, `start` bytes after its address, times its rows of x: offsets[e] .. offsets[e + 1].
+
+    Returns [P, N]; with `silu` [P, N / 2], silu(gate) * up of interleaved rows. With `pairs` row i of x makes row
+    pairs[i] of the result, times its entry of `weights`, float32 [P].
+    """
+    P = len(x_PK)
+    N = layout.N // 2 if silu else layout.N
+    out = torch.empty(P, N, dtype=out_dtype, device=x_PK.device)
+    tokens = tile_tokens(-(-P // len(records_E)))
+    _launch(
+        _kernel(layout, tokens, out_dtype == torch.float32, grouped=True, silu=silu, scattered=pairs is not None),
+        _aligned(x_PK),
+        out,
+        layout,
+        tokens,
+        matrices=records_E,
+        grid=_multiprocessors(x_PK.device.index),
+        matrix_start=start,
+        offsets=offsets.data_ptr(),
+        experts=len(records_E),
+        pairs=0 if pairs is None else pairs.data_ptr(),
+        weights=0 if weights is None else weights.contiguous().data_ptr(),
+    )
+    return out
+
+
+def tile_tokens(M: int) -> int:
+    """Tokens of a tile for M of them."""
+    return next((tokens for tokens in TOKENS if M <= tokens), TOKENS[-1])
+
+
+def decode_tiles(
+    data: Tensor, layout: TileLayout, rows: tuple[int, int] | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Rows [first, end) of W, all by default, bfloat16 [end - first, K]; `first` is a multiple of 32.
+
+    Rows are in the order of the layout: where two matrices are interleaved, they alternate by 16.
+    """
+    first, end = rows or (0, layout.N)
+    assert first % ROWS == 0 and first < end <= layout.N
+    out = torch.empty(end - first, layout.K, dtype=torch.bfloat16, device=data.device) if out is None else out
+    source = _Source(
+        data.data_ptr(),
+        layout.meta_start,
+        layout.nested_start,
+        level_table(layout.levels, data.device).data_ptr(),
+        dynamic_map(data.device).data_ptr(),
+        layout.chunks,
+        layout.chunk_nbytes,
+        layout.K,
+    )
+    with torch.cuda.device(data.device):
+        grid = (layout.chunks, -(-(end - first) // ROWS), 1)
+        _decode_kernel(layout.levels == "nf4", layout.nested, layout.scale_columns).launch(
+            grid, 128, [source, out, first, end]
+        )
+    return out
+
+
+def linear_decoded(
+    x_MK: Tensor,
+    data: Tensor,
+    layout: TileLayout,
+    out_dtype: torch.dtype = torch.bfloat16,
+    slice_nbytes: int = SLICE_NBYTES,
+) -> Tensor:
+    """As `linear`, on any GPU: slices of rows are decoded to bfloat16 and multiplied by cuBLAS."""
+    step = max(slice_nbytes // (2 * layout.K) // _BLOCK_ROWS, 1) * _BLOCK_ROWS
+    step = min(step, -(-layout.N // ROWS) * ROWS)
+    out = torch.empty(len(x_MK), layout.N, dtype=out_dtype, device=x_MK.device)
+    workspace = torch.empty(step, layout.K, dtype=torch.bfloat16, device=x_MK.device)
+    for first in range(0, layout.N, step):
+        end = min(first + step, layout.N)
+        weight = decode_tiles(data, layout, (first, end), workspace[: end - first])
+        if out_dtype == torch.bfloat16 and end - first == layout.N:
+            torch.mm(x_MK, weight.t(), out=out)
+        elif out_dtype == torch.bfloat16:
+            out[:, first:end] = torch.mm(x_MK, weight.t())
+        else:
+            out[:, first:end] = torch.mm(x_MK, weight.t(), out_dtype=torch.float32)
+    return out
+
+
+def _row_tiles(layout: TileLayout) -> int:
+    return -(-layout.tiles * ROWS // _BLOCK_ROWS)
+
+
+def _launch(
+    kernel: nvrtc.Kernel,
+    x: Tensor,
+    out: Tensor,
+    layout: TileLayout,
+    tokens: int,
+    matrices: Tensor,
+    grid: int,
+    **more: int,
+) -> None:
+    """Launch on the device of x. The last axis of `out` is what the kernel calls N."""
+    device = x.device
+    partials, flags = _workspace(device)
+    problem = _Problem(
+        out=out.data_ptr(),
+        matrices=matrices.data_ptr(),
+        meta_start=layout.meta_start,
+        nested_start=layout.nested_start,
+        table=_table(layout.levels, device).data_ptr(),
+        dynamic_map=dynamic_map(device).data_ptr(),
+        partials=partials.data_ptr(),
+        flags=flags.data_ptr(),
+        inverse=1 / level_scale(layout.levels),
+        tokens=len(x),
+        N=out.shape[1],
+        K=layout.K,
+        tiles=layout.tiles,
+        chunks=layout.chunks,
+        chunk_nbytes=layout.chunk_nbytes,
+        band=_BAND,
+        **more,
+    )
+    with torch.cuda.device(device):
+        x_map = _tensor_map(x.data_ptr(), *x.shape, tokens)
+        kernel.launch(grid, _THREADS, [x_map, problem], _SHARED_NBYTES)
+
+
+@cache
+def _kernel(
+    layout: TileLayout,
+    tokens: int,
+    out_float: bool,
+    grouped: bool = False,
+    silu: bool = False,
+    scattered: bool = False,
+) -> nvrtc.Kernel:
+    return _compiled(
+        layout.levels == "nf4", layout.nested, layout.scale_columns, tokens, out_float, grouped, silu, scattered
+    )
+
+
+@cache
+def _compiled(
+    nf4: bool, nested: bool, columns: int, tokens: int, out_float: bool, grouped: bool, silu: bool, scattered: bool
+) -> nvrtc.Kernel:
+    flags = {"NF4": nf4, "NESTED": nested, "GROUPED": grouped, "SILU": silu, "SCATTERED": scattered}
+    macros = {name: int(flag) for name, flag in flags.items()}
+    macros |= {"OUT_FLOAT": int(out_float), "SCALE_COLUMNS": columns, "TOKENS": tokens}
+    return nvrtc.Kernel("tile4", _SOURCES, dict(macros))
+
+
+@cache
+def _decode_kernel(nf4: bool, nested: bool, columns: int) -> nvrtc.Kernel:
+    macros: dict[str, int | str] = {"NF4": int(nf4), "NESTED": int(nested), "SCALE_COLUMNS": columns}
+    return nvrtc.Kernel("decode_tiles", (_HERE / "decode_tiles.cu",), macros)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` as the copy engine reads it: rows one after the other, from an address that is a multiple of 16."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@lru_cache(1024)
+def _tensor_map(address: int, rows: int, columns: int, tokens: int) -> _TensorMap:
+    """Of bfloat16 [rows, columns] in boxes of `tokens` x 64, swizzled by 128 bytes; zeros beyond its edges."""
+    from cuda.bindings import driver
+
+    status, made = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2,
+        address,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(2 * columns)],
+        [driver.cuuint32_t(64), driver.cuuint32_t(tokens)],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if int(status):
+        raise nvrtc.KernelError(f"tensor map of [{rows}, {columns}] at {address:#x}: {status.name}")
+    return _TensorMap.from_buffer_copy(ctypes.string_at(int(made.getPtr()), ctypes.sizeof(_TensorMap)))
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def _table(levels: Any, device: torch.device) -> Tensor:
+    return byte_levels(levels, device).contiguous()
+
+
+_WORKSPACES: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the sums that blocks hand over, and their flags, 0 between launches; of the current stream.
+
+    What is made while a graph is captured belongs to that graph.
+    """
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key in _WORKSPACES:
+        return _WORKSPACES[key]
+    blocks = _multiprocessors(device.index)
+    partials = torch.empty(blocks * _BLOCK_ROWS * TOKENS[-1], dtype=torch.float32, device=device)
+    made = partials, torch.zeros(2 * blocks, dtype=torch.int32, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        _WORKSPACES[key] = made
+    return made
