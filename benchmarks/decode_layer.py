@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     device = gpu.the_gpu(options.device)
     batches = [int(batch) for batch in options.batches.split(",")]
-    with torch.inference_mode(), torch.cuda.device(device):
+    with torch.inference_mode():
         result = measure(device, options.context, batches)
     gpu.write_result(gpu.result_path(options.out, "decode_layer", result["hardware"]["gpu"]), result)
     print(*lines(result), sep="\n")

@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     device = gpu.the_gpu(options.device)
     chunks = [int(chunk) for chunk in options.chunks.split(",")]
-    with torch.inference_mode(), torch.cuda.device(device):
+    with torch.inference_mode():
         result = measure(device, options.tokens, chunks, PATTERN[-options.layers :])
     gpu.write_result(gpu.result_path(options.out, "prefill_layers", result["hardware"]["gpu"]), result)
     print(*lines(result), sep="\n")

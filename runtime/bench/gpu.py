@@ -29,7 +29,7 @@ _REPLAYS = (5, 40)  # least and most
 
 
 def the_gpu(device: str | None = None) -> torch.device:
-    """The CUDA device called `device`, by default the first; ConfigError where there is none."""
+    """The CUDA device called `device`, by default the first, made the current one; ConfigError if there is none."""
     if not torch.cuda.is_available():
         raise ConfigError("there is no GPU that torch can use: the kernels measured here are for CUDA GPUs")
     try:
@@ -38,6 +38,7 @@ def the_gpu(device: str | None = None) -> torch.device:
         raise ConfigError(f"device '{device}' is unknown: use cuda or cuda:N") from error
     if chosen.type != "cuda" or (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device '{device}' is no GPU that torch sees; there are {torch.cuda.device_count()}")
+    torch.cuda.set_device(chosen.index or 0)
     return torch.device("cuda", chosen.index or 0)
 
 
@@ -46,14 +47,24 @@ def graph_us(calls: Sequence[Call]) -> float:
 
     They should read different memory, more of it together than the L2 cache holds.
     """
-    for call in calls:
+    for call in calls:  # compiles, and finds what depends on sizes
         call()
-    torch.cuda.synchronize()
-    once_us = _replay_us(_captured(calls), 2)
+    once_us = _eager_us(calls)
     repeated = list(calls) * max(1, round(_GRAPH_US / once_us))
     least, most = _REPLAYS
     replays = min(max(least, round(_MEASURED_US / max(once_us, _GRAPH_US))), most)
     return _replay_us(_captured(repeated), replays) / len(repeated)
+
+
+def _eager_us(calls: Sequence[Call]) -> float:
+    """How long one pass over `calls` takes, gaps between launches included: capturing only to learn this is slower."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for call in calls:
+        call()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop)
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:

@@ -32,7 +32,7 @@ def measure(device: torch.device, *, quick: bool = False, progress: Progress | N
             progress(done, total, current)
         done += 1
 
-    with torch.inference_mode(), torch.cuda.device(device):
+    with torch.inference_mode():
         tell("bandwidth")
         ceilings = gpu.ceilings(device)
         read = ceilings["read_GB_per_s"]

@@ -15,7 +15,7 @@ from minibble.quantize.int4 import Int4
 from minibble.quantize.inventory import active_parameters
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode
-from minibble.runtime.bench import counts, gpu, linear, moe, peers, tables
+from minibble.runtime.bench import counts, gpu, kernels, linear, moe, peers, tables
 from minibble.runtime.bench.check import WrongResult, checked
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
 
@@ -178,6 +178,25 @@ def test_bytes_of_a_decode_step() -> None:
     assert sum(part["state"] for part in layers) == 70 * 2 * 4 * 64 * 128 * 128 + 4096 * 40960
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_both_kernels_in_one_result(clock: list[int], quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, all_tokens in ((linear, (1, 2, 3)), (moe, (1, 4))):
+        monkeypatch.setattr(module, "TOKENS", all_tokens)
+        monkeypatch.setattr(module, "QUICK_TOKENS", all_tokens[:1])
+    shape, sizes, whole = (256, 512), SIZES, (linear.measure, moe.measure)
+    monkeypatch.setattr(linear, "measure", lambda *args: whole[0](*args, shape=shape))
+    monkeypatch.setattr(moe, "measure", lambda *args: whole[1](*args, sizes=sizes))
+    monkeypatch.setattr(gpu, "ceilings", lambda device: {"read_GB_per_s": 2.0, "bf16_TFLOP_per_s": 3.0})
+    monkeypatch.setattr(gpu, "hardware", lambda device: {"gpu": "A GPU"})
+    told: list[tuple[float, float]] = []
+    result = kernels.measure(CPU, quick=quick, progress=lambda done, total, current: told.append((done, total)))
+    assert [row["M"] for row in result["linear4"]["rows"]] == ([1] if quick else [1, 2, 3])
+    assert [row["M"] for row in result["moe4"]["rows"]] == ([1] if quick else [1, 4])
+    assert told[0][0] == 0 and told[-1] == (told[0][1], told[0][1])
+    assert all(done <= total for done, total in told)
+    assert result["versions"]["torch"] == torch.__version__ and json.dumps(result)
+
+
 def test_tables_from_the_json(clock: list[int]) -> None:
     result = json.loads(json.dumps(full_result()))
     head, rows = tables.linear4(result)
@@ -221,6 +240,7 @@ def test_without_a_gpu_there_is_one_clear_error(device: str | None) -> None:
 def test_devices_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     with pytest.raises(ConfigError, match=device):
         gpu.the_gpu(device)
     assert gpu.the_gpu() == torch.device("cuda", 0)
