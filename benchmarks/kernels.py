@@ -1,7 +1,7 @@
-"""The kernels that read 4-bit weights against their ceilings and their peers: `python benchmarks/kernels.py [--quick]`.
+"""The kernels against their ceilings and their peers: `python benchmarks/kernels.py [--quick]`.
 
-Every kernel is first compared with a float64 product. Peers that are not installed are named as missing. Takes about
-10 GB of GPU memory.
+Every kernel is first compared with a float64 product, lightning attention with its recurrence. Peers that are not
+installed are named as missing. Takes about 10 GB of GPU memory.
 """
 
 import argparse

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 @click.option("--full", is_flag=True, help="Every number of tokens from 1 to 2048 instead of a few.")
 @json_option
 def command(device: str | None, full: bool, as_json: bool) -> None:
-    """Measure the kernels that multiply from 4-bit codes on this machine's GPU, at the released model's sizes.
+    """Measure the kernels on this machine's GPU, at the released model's sizes.
 
-    Each is first compared with a float64 product, then timed beside bitsandbytes, torch's int4 kernel and cuBLAS as
-    far as they are installed. Shares are of what the GPU's memory reads in the same run. Takes about 10 GB of GPU
-    memory, and needs no checkpoint.
+    Each is first compared with an exact computation. Those that multiply from 4-bit codes are timed beside
+    bitsandbytes, torch's int4 kernel and cuBLAS as far as they are installed. Shares and floors are of what the GPU
+    reaches in the same run. Takes about 10 GB of GPU memory, and needs no checkpoint.
     """
     from minibble.runtime.bench.gpu import the_gpu
 
@@ -43,13 +43,18 @@ def renderables(result: dict[str, Any]) -> "list[str | Table]":
 
     N, K = result["linear4"]["shape"]
     sizes = result["moe4"]["sizes"]
-    titles = (f"linear4, {K} to {N}", f"moe4, {sizes['A']} of {sizes['E']} experts of {sizes['D']} x {sizes['F']}")
+    share = "µs a call (share of reading bandwidth)"
+    titles = (
+        f"linear4, {K} to {N}: {share}",
+        f"moe4, {sizes['A']} of {sizes['E']} experts of {sizes['D']} x {sizes['F']}: {share}",
+        "lightning attention of a layer",
+    )
     return [
         f"[bold]{escape(tables.ceilings(result))}[/]",
         *(
             table
-            for title, make in zip(titles, (tables.linear4, tables.moe4), strict=True)
-            for table in ("", _table(f"{title}: µs a call (share of reading bandwidth)", *make(result)))
+            for title, make in zip(titles, (tables.linear4, tables.moe4, tables.lightning), strict=True)
+            for table in ("", _table(title, *make(result)))
         ),
         *(f"[yellow]·[/] {escape(line)}" for line in tables.missing(result)),
     ]

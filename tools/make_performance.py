@@ -62,9 +62,14 @@ def kernels() -> list[str]:
             "columns are the time for each expert whose weights are read, as a multiple of that at M = 1. Peers go "
             "expert by expert and know beforehand which tokens each has."
         )
+        lightning = (
+            "From the projections to the gated output, state in float32; the floor is what must be read and written "
+            "at the reading bandwidth, or the recurrence's operations at the matrix rate."
+        )
         found += [
             section(f"4-bit products, {r['hardware']['gpu']}", text + linear, *tables.linear4(r)),
             section(f"Routed experts, {r['hardware']['gpu']}", moe, *tables.moe4(r)),
+            section(f"Lightning attention of a layer, {r['hardware']['gpu']}", lightning, *tables.lightning(r)),
         ]
     return found
 

@@ -1,6 +1,8 @@
 """Nothing is timed that is not right."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -22,3 +24,17 @@ def checked(kernel: str, call: Callable[[], Tensor], expected: Tensor, bound: fl
     if not error <= bound:  # NaN is over every bound
         raise WrongResult(f"{kernel} is off by {error:.1e} on {tuple(expected.shape)}, at most {bound:.0e} allowed")
     return float(f"{error:.3g}")
+
+
+@contextmanager
+def kernels(which: str) -> Iterator[None]:
+    """The kernels that `MINIBBLE_KERNELS=which` chooses."""
+    before = os.environ.get("MINIBBLE_KERNELS")
+    os.environ["MINIBBLE_KERNELS"] = which
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINIBBLE_KERNELS"]
+        else:
+            os.environ["MINIBBLE_KERNELS"] = before

@@ -1,4 +1,4 @@
-"""The kernels that read 4-bit weights, measured on one GPU: `minibble bench` and `benchmarks/kernels.py`."""
+"""The kernels of the model, measured on one GPU: `minibble bench` and `benchmarks/kernels.py`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
 from minibble.quantize.nf4 import NF4
-from minibble.runtime.bench import gpu, linear, moe
+from minibble.runtime.bench import gpu, lightning, linear, moe
 from minibble.runtime.bench.check import BOUND, PEER_BOUND
 
 FORMATS: dict[str, Format] = {"nf4-dq": NF4(), "int4-g128": Int4(128)}
@@ -17,13 +17,14 @@ Progress = Callable[[float, float, str], None]
 
 
 def measure(device: torch.device, *, quick: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """linear4 and moe4 in both formats beside their peers on `device`, shares of what its memory reads in the same run.
+    """linear4 and moe4 in both formats beside their peers on `device`, and lightning attention beside its floors.
 
-    `quick` takes few numbers of tokens. `progress` gets what is done, of how much, and what is in work. Raises
-    WrongResult if one of our kernels is wrong by more than BOUND.
+    Shares and floors are of what the GPU reached in the same run. `quick` takes few numbers of tokens. `progress` gets
+    what is done, of how much, and what is in work. Raises WrongResult if one of our kernels is off by more than BOUND.
     """
     linear_tokens, moe_tokens = (linear.QUICK_TOKENS, moe.QUICK_TOKENS) if quick else (linear.TOKENS, moe.TOKENS)
-    total = 1 + 5 * len(linear_tokens) + 4 * len(moe_tokens)  # kernels, if every peer is there
+    runs = lightning.QUICK_RUNS if quick else lightning.RUNS
+    total = 1 + 5 * len(linear_tokens) + 4 * len(moe_tokens) + len(runs)  # kernels, if every peer is there
     done = 0
 
     def tell(current: str) -> None:
@@ -47,6 +48,8 @@ def measure(device: torch.device, *, quick: bool = False, progress: Progress | N
         }
         torch.cuda.empty_cache()
         result["moe4"] = moe.measure(FORMATS, moe_tokens, device, read, tell)
+        torch.cuda.empty_cache()
+        result["lightning"] = lightning.measure(runs, device, ceilings, tell)
     if progress is not None:
         progress(total, total, "done")
     return result

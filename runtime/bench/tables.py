@@ -31,6 +31,17 @@ def moe4(result: Mapping[str, Any]) -> Table:
     ]  # fmt: skip
 
 
+def lightning(result: Mapping[str, Any]) -> Table:
+    """Microseconds of every run, what it could not go below, and how many times that it took."""
+    return ["sequences", "tokens of each", "µs", "floor", "over the floor"], [
+        [
+            str(row["batch"]), str(row["tokens"]), f"{row['us']:.1f}", f"{row['floor_us']:.1f}",
+            f"{row['us'] / row['floor_us']:.2f}",
+        ]
+        for row in result["lightning"]["rows"]
+    ]  # fmt: skip
+
+
 def _cell(found: Mapping[str, float] | None, share: bool) -> str:
     if found is None:
         return "–"
@@ -53,11 +64,11 @@ def ceilings(result: Mapping[str, Any]) -> str:
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """Everything, for a log."""
-    tables = (("linear4 6144 to 9216", linear4), ("moe4", moe4))
+    share = "microseconds (share of reading bandwidth)"
     text = [ceilings(result)]
-    for title, make in tables:
+    for title, make in ((f"linear4: {share}", linear4), (f"moe4: {share}", moe4), ("lightning", lightning)):
         head, rows = make(result)
-        text += [f"{title}: microseconds (share of reading bandwidth)", *_aligned([head, *rows])]
+        text += [title, *_aligned([head, *rows])]
     return text + missing(result)
 
 

@@ -1,8 +1,6 @@
 """Whole layers: are they right, and where does their time go. B batch, T tokens, V vocabulary."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.formats import Format
-from minibble.runtime.bench.check import WrongResult
+from minibble.runtime.bench.check import WrongResult, kernels
 from minibble.runtime.bench.gpu import poisoned
 from minibble.runtime.bench.layers import random_model
 from minibble.runtime.decode import Inputs, decode_step
@@ -19,20 +17,6 @@ from minibble.runtime.state import HybridState
 
 BOUND = 2e-2  # relative error of a token's logits after two layers whose activations are bfloat16 on both sides
 OTHER_EXPERTS = 0.1  # share of tokens that rounding may send to other experts, which makes their logits others
-
-
-@contextmanager
-def kernels(which: str) -> Iterator[None]:
-    """The kernels that `MINIBBLE_KERNELS=which` chooses."""
-    before = os.environ.get("MINIBBLE_KERNELS")
-    os.environ["MINIBBLE_KERNELS"] = which
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MINIBBLE_KERNELS"]
-        else:
-            os.environ["MINIBBLE_KERNELS"] = before
 
 
 def check_layers(

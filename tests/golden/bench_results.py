@@ -33,6 +33,10 @@ def kernels() -> dict[str, Any]:
                 {"M": 16, "touched": 20.5, "kernels": {"nf4-dq": routed(861.0, 0.7, 20.5)}},
             ],
         },
+        "lightning": {
+            "heads": 64, "head_dim": 128,
+            "rows": [{"batch": 1, "tokens": 1, "us": 6.3, "floor_us": 2.8, "error": 1e-3}],
+        },
     }  # fmt: skip
 
 

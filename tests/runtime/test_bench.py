@@ -15,9 +15,10 @@ from minibble.quantize.int4 import Int4
 from minibble.quantize.inventory import active_parameters
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode
-from minibble.runtime.bench import counts, gpu, kernels, linear, moe, peers, tables
+from minibble.runtime.bench import counts, gpu, kernels, lightning, linear, moe, peers, tables
 from minibble.runtime.bench.check import WrongResult, checked
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
+from minibble.runtime.kernels import reference_forced
 
 CPU = torch.device("cpu")
 FORMATS = {"nf4-dq": NF4(), "int4-g128": Int4(128)}
@@ -151,6 +152,33 @@ def test_routings_of_several_tokens_have_different_experts() -> None:
         assert torch.allclose(weights.sum(-1), torch.ones(16))
 
 
+def measured_lightning(runs: Sequence[tuple[int, int]] = ((2, 1), (1, 9))) -> dict[str, Any]:
+    ceilings = {"read_GB_per_s": 2.0, "bf16_TFLOP_per_s": 3.0}
+    return lightning.measure(runs, CPU, ceilings, lambda current: None, heads=4, head_dim=16)
+
+
+def test_lightning_and_its_floors(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINIBBLE_KERNELS")
+    decode, prefill = measured_lightning()["rows"]
+    held = 2 * 2 * 5 * 4 * 16 + 2 * 4 * 2 * 4 * 16 * 16  # activations of two tokens in 16 bits, states there and back
+    assert decode["floor_us"] == pytest.approx(held / 2e3, abs=0.01)
+    assert prefill["tokens"] == 9 and prefill["us"] == 10.0
+    assert 0 < decode["error"] < 3e-3 and 0 < prefill["error"] < 3e-3
+
+
+def test_lightning_that_is_wrong(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINIBBLE_KERNELS")
+    right = lightning.gated
+
+    def wrong(*args: Any) -> tuple[Tensor, Tensor]:
+        o, state = right(*args)
+        return o * (1 if reference_forced() else 1.01), state
+
+    monkeypatch.setattr(lightning, "gated", wrong)
+    with pytest.raises(WrongResult, match="lightning of 2 x 1 tokens"):
+        measured_lightning()
+
+
 def test_random_matrices_are_as_large_as_weights_are() -> None:
     for format in FORMATS.values():
         q = random_matrix((512, 1024), format, CPU, generator_on(CPU, 0))
@@ -180,6 +208,8 @@ def test_bytes_of_a_decode_step() -> None:
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_both_kernels_in_one_result(clock: list[int], quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_lightning = measured_lightning()
+    monkeypatch.setattr(lightning, "measure", lambda *args: whole_lightning)
     for module, all_tokens in ((linear, (1, 2, 3)), (moe, (1, 4))):
         monkeypatch.setattr(module, "TOKENS", all_tokens)
         monkeypatch.setattr(module, "QUICK_TOKENS", all_tokens[:1])
@@ -218,6 +248,7 @@ def full_result() -> dict[str, Any]:
         "ceilings": {"read_GB_per_s": 2.0, "bf16_TFLOP_per_s": 3.0},
         "linear4": measured_linear((1, 128)),
         "moe4": measured_moe((1, 16)),
+        "lightning": measured_lightning(),
     }
 
 

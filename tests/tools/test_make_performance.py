@@ -39,6 +39,7 @@ def test_results_of_each_gpu(tool, tmp_path, monkeypatch) -> None:
     assert page.count("## 4-bit products, NVIDIA H100") == page.count("## 4-bit products, NVIDIA H200") == 1
     assert "| 1 | 11.5 (82%) | 41.9 (87%) |" in page and "| 1024 | 170.0 | – |" in page
     assert "| 16 | 20.5 | 861.0 (70%) | 1.20 |" in page
+    assert "| 1 | 1 | 6.3 | 2.8 | 2.25 |" in page
     assert "Not measured: bitsandbytes NF4-DQ (ModuleNotFoundError" in page
     assert "| NVIDIA H200 | nf4-dq | 99 | **141** | 700 |" in page
     assert "| NVIDIA H200 | nf4-dq | 8192 | 200 | 383 | 49% | 4,096 |" in page
