@@ -208,6 +208,7 @@ def result_json(result: "GenerationResult") -> dict[str, Any]:
         "new_tokens": result.new_tokens,
         "prefill_tokens_per_s": result.prefill_tokens_per_s,
         "decode_tokens_per_s": result.decode_tokens_per_s,
+        "decode_path": result.decode_path,
     }
 
 
@@ -216,5 +217,15 @@ def _tell_stats(session: Session, result: "GenerationResult") -> None:
     note(f"loaded in {duration(session.load_s)} on {session.model.device}")
     note(f"prompt {result.prompt_tokens} tokens, {f'{prefill:.1f} tokens/s' if prefill else 'not measured'}")
     note(f"new    {result.new_tokens} tokens, {f'{decode:.1f} tokens/s' if decode else 'not measured'}")
+    for line in steps(result.decode_path):
+        note(line)
     for index, nbytes in enumerate(peak_gpu_bytes()):
         note(f"peak memory of GPU {index}: {decimal(nbytes)}")
+
+
+def steps(taken: dict[str, int]) -> list[str]:
+    """How decode steps went through the layers, in words: replayed, launched, or why neither."""
+    graph, eager = taken.get("graph", 0), taken.get("eager", 0)
+    lines = [f"steps  {graph} replayed from CUDA graphs, {eager} launched one by one"] if graph or eager else []
+    reasons = ((reason, count) for reason, count in taken.items() if reason not in ("graph", "eager"))
+    return lines + [f"steps  {count} without CUDA graphs ({reason})" for reason, count in reasons]

@@ -15,7 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from minibble.quantize.config import ModelConfig
+from minibble.runtime.kernels import reference_forced
+from minibble.runtime.kernels.attention import decode_attention
 from minibble.runtime.kernels.lightning import gated
+from minibble.runtime.kernels.rope_cache import angles, rope_cache
 from minibble.runtime.layers import Linear, RMSNorm
 from minibble.runtime.masks import causal
 from minibble.runtime.state import HybridState, empty_lightning_state
@@ -27,11 +30,25 @@ LIGHTNING_NORM_EPS = 1e-6  # fixed in the original code, whatever the config say
 class Context:
     """What all layers of one forward share: rotations, masks and the state of the sequences."""
 
-    cos: Tensor  # float32 [B or 1, T, R]
+    cos: Tensor  # float32 [B or 1, T, R / 2]
     sin: Tensor
     valid_BT: Tensor | None  # False at padding among the new tokens; None where there is none
     mask: Tensor | None  # bool [B, 1, T, L], what each token may see; None where causality says it all
     state: HybridState | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share when every sequence gets one token, all of it on the device.
+
+    The state's caches have a place for the token, which is written to.
+    """
+
+    cos: Tensor  # float32 [B, 1, R / 2]
+    sin: Tensor
+    past: Tensor  # int32 [1], tokens before this one, padding included
+    valid_BL: Tensor | None  # bool, False at padding, for all places of the caches
+    state: HybridState
 
 
 def geometric_slopes(heads: int) -> list[float]:
@@ -80,6 +97,15 @@ class LightningAttention(nn.Module):
             context.state.set_lightning_state(self.layer, state)
         return o.to(projected.dtype)
 
+    def step(self, projected_BP: Tensor, step: Step) -> Tensor:
+        """`mix` for one real token a sequence, [B, H*K]; the state is updated in its place."""
+        held = step.state.lightning[self.layer]
+        o, state = gated(
+            projected_BP[:, None], self._slopes_on(projected_BP), held, self.norm.weight, self.norm.eps, None
+        )
+        assert state.data_ptr() == held.data_ptr(), "a step must update the lightning state in its place"
+        return o.view(projected_BP.shape[0], -1).to(projected_BP.dtype)
+
     def _slopes_on(self, x: Tensor) -> Tensor:
         # No buffer: those follow the model's dtype, and in bf16 decays of nearly 1 become 1.
         if self.slopes.device != x.device:
@@ -99,7 +125,7 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.rotary_dim = config.head_dim, config.rotary_dim
+        self.head_dim = config.head_dim
         HK, GK = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.in_proj = Linear(HK + 2 * GK, config.hidden_size)  # q_proj, k_proj, v_proj
         self.out_proj = Linear(config.hidden_size, HK)
@@ -110,15 +136,41 @@ class SoftmaxAttention(nn.Module):
     def mix(self, projected: Tensor, context: Context) -> Tensor:
         """What goes into `out_proj`, [B, T, H*K], from what came out of `in_proj`."""
         B, T, _ = projected.shape
+        fused = projected.is_cuda and not torch.is_grad_enabled() and not reference_forced()
+        q, k, v = (self._heads_at_once if fused else self._heads)(projected, context)
+        o = attend(q, k, v, context.mask)
+        return o.transpose(1, 2).reshape(B, T, self.heads * self.head_dim)
+
+    def _heads(self, projected: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K] of the new tokens, keys and values [B, G, L, K] of all so far."""
+        B, T, _ = projected.shape
         heads = projected.view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
         rotated = self.heads + self.kv_heads
         qk, v = heads[:, :rotated], heads[:, rotated:]
-        qk = rotate(qk, context.cos, context.sin, self.rotary_dim)
+        qk = rotate(qk, context.cos, context.sin)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         if context.state is not None:
             k, v = context.state.append(self.layer, k, v)
-        o = attend(q, k, v, context.mask)
-        return o.transpose(1, 2).reshape(B, T, self.heads * self.head_dim)
+        return q, k, v
+
+    def _heads_at_once(self, projected: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in one launch, which writes keys and values to their places."""
+        (B, T, _), past = projected.shape, 0
+        if context.state is None:
+            k, v = projected.new_empty(2, B, self.kv_heads, T, self.head_dim)
+        else:
+            past = context.state.length
+            k, v = context.state.places(self.layer, T, projected.new_empty(B, self.kv_heads, 0, self.head_dim))
+        cos, sin = (x.expand(B, T, -1).contiguous() for x in (context.cos, context.sin))
+        place = torch.full((1,), past, dtype=torch.int32, device=projected.device)
+        q = rope_cache(projected, cos, sin, k, v, place).transpose(1, 2)
+        return q, k[:, :, : past + T], v[:, :, : past + T]
+
+    def step(self, projected_BP: Tensor, step: Step) -> Tensor:
+        """`mix` for one token a sequence, [B, H*K]; its key and value are written into the cache."""
+        k, v = step.state.keys[self.layer], step.state.values[self.layer]
+        q_BTHK = rope_cache(projected_BP[:, None], step.cos, step.sin, k, v, step.past)
+        return decode_attention(q_BTHK[:, 0], k, v, step.past, step.valid_BL).flatten(1)
 
 
 def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,16 +206,17 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotations(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, float32 [B, T, R]; angles in float64, exact at a million tokens."""
-    angle = positions_BT.double()[..., None] * frequencies(config, positions_BT.device)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().float(), angle.sin().float()
+    """cos and sin of each position's angles, float32 [B, T, R / 2]; exact at a million tokens."""
+    return angles(positions_BT, frequencies(config, positions_BT.device))
 
 
-def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, rotary_dim: int) -> Tensor:
-    """Rotary embedding of the first `rotary_dim` features, pairing feature i with i + R/2; the rest unchanged."""
-    turned, kept = x_BHTK[..., :rotary_dim].float(), x_BHTK[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1)
-    turned = turned * cos_BTR[:, None] + swapped * sin_BTR[:, None]
+def rotate(x_BHTK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    """Rotary embedding of the first features, as many as there are cos and sin; feature i is paired with i + R/2.
+
+    The rest is unchanged.
+    """
+    half = cos_BTR.shape[-1]
+    first, second, kept = x_BHTK.split((half, half, x_BHTK.shape[-1] - 2 * half), dim=-1)
+    first, second, cos, sin = first.float(), second.float(), cos_BTR[:, None], sin_BTR[:, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((turned.to(x_BHTK.dtype), kept), dim=-1)

@@ -4,6 +4,7 @@ Around transformers' `generate()`; a loaded model brings its tokenizer as `model
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,8 @@ class GenerationResult:
     """New text, its tokens, and how long it took.
 
     `prompt_tokens` are those that had to be fed; `ended` tells that the last token is one that ends a text;
-    `state` holds all tokens but the last.
+    `state` holds all tokens but the last. `decode_path` counts how its tokens went through the layers, as the model's
+    `decode_path()` does.
     """
 
     text: str
@@ -51,6 +53,7 @@ class GenerationResult:
     decode_s: float
     ended: bool
     state: Any = field(default=None, repr=False, compare=False)
+    decode_path: dict[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def new_tokens(self) -> int:
@@ -132,7 +135,7 @@ def generate_text(
     fed = 0 if state is None else int(state.get_seq_length())
     ends = end_of_text_ids(model, tokenizer) | set(stop_ids)
     input_ids = torch.tensor([ids], dtype=torch.long, device=model.device)
-    streamer = _TimedStreamer(tokenizer, on_text)
+    streamer, taken = _TimedStreamer(tokenizer, on_text), Counter(model.decode_path())
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -150,6 +153,7 @@ def generate_text(
         decode_s=decode_s,
         ended=bool(new_ids) and new_ids[-1] in ends,
         state=output.past_key_values,
+        decode_path=dict(Counter(model.decode_path()) - taken),
     )
 
 

@@ -4,6 +4,7 @@ Array axes: B batch, T new tokens, L tokens with the past, D hidden, V vocabular
 """
 
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minibble.quantize.config import ModelConfig
 from minibble.runtime.attention import Context, LightningAttention, SoftmaxAttention, rotations
+from minibble.runtime.graphs import Decoder
+from minibble.runtime.kernels import reference_forced
+from minibble.runtime.kernels.norm import norm_residual, rms_norm
 from minibble.runtime.layers import Embedding, Linear, RMSNorm, residual
 from minibble.runtime.layout import layout
 from minibble.runtime.masks import attention_mask_2d, visible
@@ -63,6 +67,7 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(_runtime_config(config, dtype))
         self.minibble = config
         self.prefill_chunk = PREFILL_CHUNK
+        self.decoder = Decoder()
         self.tokenizer: Any = None
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
@@ -141,6 +146,10 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         pieces = -(-input_ids.shape[1] // self.prefill_chunk)
         if state is None and (use_cache or pieces > 1):
             state = HybridState(self.minibble, reserve=input_ids.shape[1])
+        if state is not None and state.length and input_ids.shape[1] == 1:
+            logits = self.decoder.step(self, input_ids, attention_mask, position_ids, state)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=state if use_cache is not False else None)
         past = 0 if state is None else state.length
         mask = attention_mask_2d(attention_mask, past, input_ids, None if state is None else state.valid)
         positions = _positions(position_ids, mask, past, input_ids)
@@ -163,11 +172,56 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         valid = None if mask is None else mask[:, past:]
         context = Context(cos, sin, valid, visible(mask, past, T, ids.device), state)
         h = self.embedding(ids)
-        for layer in self.layers:
-            h = layer(h, context)
+        if h.is_cuda and not torch.is_grad_enabled() and not reference_forced():
+            h = self._layers_at_once(h, context)
+        else:
+            for layer in self.layers:
+                h = layer(h, context)
+            h = self.norm(h).to(h.dtype)
         if state is not None:
             state.advance(T, mask)
-        return self.norm(h).to(h.dtype)
+        return h
+
+    def _layers_at_once(self, h_BTD: Tensor, context: Context) -> Tensor:
+        """The same with one launch for each residual and the norm after it."""
+        first: RMSNorm = self.layers[0].input_norm
+        x = rms_norm(h_BTD, first.weight, first.eps, h_BTD.dtype)
+        for layer, following in self.followed():
+            a, b = layer.attention, layer.post_norm
+            y = norm_residual(x, a(x, context)[None], layer.alpha, layer.beta, b.weight, b.eps)
+            z = layer.moe(y)
+            x = norm_residual(y, z[None], layer.mlp_alpha, layer.mlp_beta, following.weight, following.eps)
+        return x
+
+    def followed(self) -> Iterator[tuple[Any, RMSNorm]]:
+        """Each layer with the norm that comes after it."""
+        return zip(self.layers, (*(layer.input_norm for layer in self.layers[1:]), self.norm), strict=True)
+
+    def decode_path(self) -> dict[str, int]:
+        """How the single tokens after a prompt went through the layers so far: how many each way, or for which reason.
+
+        "graph" and "eager" are the fused step, replayed or launched; anything else says why the ordinary path took it.
+        """
+        return dict(self.decoder.taken)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.decoder.reset()  # graphs read the weights where they were
+        return super()._apply(*args, **kwargs)
+
+    # From its second step on generate() only adds ones to the mask. The state knows the rest; without the mask nobody
+    # has to look at it, which would wait for the device.
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        updated: dict[str, Any] = GenerationMixin._update_model_kwargs_for_generation(self, *args, **kwargs)
+        return updated | {"mask_is_in_state": updated.get("past_key_values") is not None}
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        known = kwargs.pop("mask_is_in_state", False)
+        inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        if known:
+            inputs.pop("attention_mask", None)
+        return inputs
 
     def _prepare_cache_for_generation(
         self,

@@ -61,12 +61,17 @@ class HybridState(Cache):
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens; returns those of all tokens so far, [B, G, length + T, K]."""
         tokens = self.length + k_BGTK.shape[2]
-        for store, new in ((self.keys, k_BGTK), (self.values, v_BGTK)):
-            held = store.get(layer)
-            if held is None or held.shape[2] < tokens:
-                held = self._grow(store, layer, new, tokens)
-            held[:, :, self.length : tokens] = new
-        return self.keys[layer][:, :, :tokens], self.values[layer][:, :, :tokens]
+        k, v = self.places(layer, k_BGTK.shape[2], k_BGTK)
+        k[:, :, self.length : tokens], v[:, :, self.length : tokens] = k_BGTK, v_BGTK
+        return k[:, :, :tokens], v[:, :, :tokens]
+
+    def places(self, layer: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The caches of keys and values, [B, G, L, K] as `like` is but for L, with places for `tokens` more."""
+        needed = self.length + tokens
+        for store in (self.keys, self.values):
+            if layer not in store or store[layer].shape[2] < needed:
+                self._grow(store, layer, like, needed)
+        return self.keys[layer], self.values[layer]
 
     def make_room(self, tokens: int) -> None:
         """Have places for `tokens` more in every cache that has been started."""
@@ -74,6 +79,12 @@ class HybridState(Cache):
             for layer, held in store.items():
                 if held.shape[2] < self.length + tokens:
                     self._grow(store, layer, held, self.length + tokens)
+
+    def suits(self, batch: int, device: torch.device, dtype: torch.dtype) -> bool:
+        """True if it has started with `batch` sequences on `device`, keys and values in `dtype`."""
+        held = [*self.lightning.values(), *self.keys.values(), *self.values.values()]
+        fits = all(x.shape[0] == batch and x.device == device and x.dtype in (dtype, torch.float32) for x in held)
+        return self.length > 0 and fits and all(x.dtype == dtype for x in self.keys.values())
 
     @property
     def capacity(self) -> int:
@@ -133,7 +144,7 @@ class HybridState(Cache):
             with torch.inference_mode():
                 held[:, :, : new.shape[2]] = new
             return
-        store[layer] = new.clone(memory_format=torch.contiguous_format) if copy else new
+        store[layer] = new.clone(memory_format=torch.contiguous_format) if copy else new.contiguous()
         self.bound = None
 
     def _map_batch(self, change: Any) -> None:

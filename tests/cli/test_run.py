@@ -5,7 +5,8 @@ import json
 import pytest
 
 CONTRACT = {
-    "text", "prompt_tokens", "new_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_gpu_bytes", "plan"
+    "text", "prompt_tokens", "new_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_path",
+    "peak_gpu_bytes", "plan"
 }  # fmt: skip
 SHORT = ("--max-new-tokens", 6, "--device", "cpu")
 
@@ -39,7 +40,19 @@ def test_stats_go_to_stderr(cli, quantized) -> None:
     result = cli("run", quantized, "--prompt", "def f", "--stats", *SHORT)
     assert "prompt 5 tokens" in result.stderr
     assert "new    6 tokens" in result.stderr
+    assert "steps  5 without CUDA graphs (no GPU: the model is on cpu)" in result.stderr
     assert "tokens/s" not in result.stdout
+
+
+def test_steps_in_words() -> None:
+    from minibble.cli.run import steps
+
+    assert steps({}) == []
+    taken = {"eager": 1, "graph": 254, "padding among the new tokens": 2}
+    assert steps(taken) == [
+        "steps  254 replayed from CUDA graphs, 1 launched one by one",
+        "steps  2 without CUDA graphs (padding among the new tokens)",
+    ]
 
 
 def test_sampling_with_a_seed_repeats(cli_json, quantized) -> None:

@@ -21,76 +21,82 @@ def frequencies(R: int) -> Tensor:
     return 1e7 ** (-torch.arange(0, 2 * R, 2, dtype=torch.float64) / max(2 * R, 1))
 
 
-def inputs(shape: tuple[int, int, int, int], B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def inputs(shape: tuple[int, int, int, int], B: int, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `in_proj` gives, and positions: small, different, one beyond a million."""
     H, G, K, _ = shape
-    p_BP = torch.randn(B, (H + 2 * G) * K, generator=torch.Generator().manual_seed(B)).to(dtype)
-    return p_BP, torch.tensor([FAR, 0, 7, 31_234, 2][:B])
+    p_BTP = torch.randn(B, T, (H + 2 * G) * K, generator=torch.Generator().manual_seed(B)).to(dtype)
+    return p_BTP, torch.tensor([FAR, 0, 7, 31_234, 2][:B])[:, None] + torch.arange(T)
 
 
-def expected(p_BP: Tensor, positions: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in float64, turned as complex numbers."""
-    H, G, _, R = shape
-    heads = p_BP.double().view(p_BP.shape[0], H + 2 * G, -1).clone()
-    turn = torch.polar(torch.ones(len(positions), R).double(), positions.double()[:, None] * frequencies(R))
-    pairs = torch.complex(heads[:, : H + G, :R], heads[:, : H + G, R : 2 * R]) * turn[:, None]
-    heads[:, : H + G, :R], heads[:, : H + G, R : 2 * R] = pairs.real, pairs.imag
-    return heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
+def expected(p_BTP: Tensor, positions: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, T, H, K] and k, v [B, G, T, K] in float64, turned as complex numbers."""
+    H, G, K, R = shape
+    heads = p_BTP.double().view(*p_BTP.shape[:2], H + 2 * G, K).clone()
+    turn = torch.polar(torch.ones(*positions.shape, R).double(), positions.double()[..., None] * frequencies(R))
+    pairs = torch.complex(heads[..., : H + G, :R], heads[..., : H + G, R : 2 * R]) * turn[:, :, None]
+    heads[..., : H + G, :R], heads[..., : H + G, R : 2 * R] = pairs.real, pairs.imag
+    q, k, v = heads.split((H, G, G), dim=2)
+    return q, k.transpose(1, 2), v.transpose(1, 2)
 
 
-def check(device: torch.device, shape: tuple[int, int, int, int], B: int, dtype: torch.dtype, bound: float) -> None:
+def check(
+    device: torch.device, shape: tuple[int, int, int, int], B: int, T: int, dtype: torch.dtype, bound: float
+) -> None:
     """Everything through the package; the caches are poisoned, and only the new places may be written."""
     _, G, K, R = shape
-    p_BP, positions = inputs(shape, B, dtype)
-    right = expected(p_BP, positions, shape)
+    p_BTP, positions = inputs(shape, B, T, dtype)
+    right = expected(p_BTP, positions, shape)
     past = torch.tensor([5], dtype=torch.int32, device=device)
-    k, v = (torch.full((B, G, 9, K), float("nan"), dtype=dtype, device=device) for _ in range(2))
+    k, v = (torch.full((B, G, T + 8, K), float("nan"), dtype=dtype, device=device) for _ in range(2))
     cos, sin = rope_cache.angles(positions.to(device), frequencies(R).to(device))
-    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (B, R)
-    q = rope_cache.rope_cache(p_BP.to(device), cos, sin, k, v, past)
-    for ours, theirs in zip((q, k[:, :, 5], v[:, :, 5]), right, strict=True):
-        assert ours.dtype == dtype
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (B, T, R)
+    q = rope_cache.rope_cache(p_BTP.to(device), cos, sin, k, v, past)
+    new = slice(5, 5 + T)
+    for ours, theirs in zip((q, k[:, :, new], v[:, :, new]), right, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
         assert float((ours.cpu().double() - theirs).norm() / theirs.norm()) < bound
     for cache in (k, v):
-        assert cache[:, :, :5].isnan().all() and cache[:, :, 6:].isnan().all()
-    rope_cache.rope_cache(p_BP.to(device), cos, sin, k[:, :, :5].contiguous(), v[:, :, :5].contiguous(), past)
+        assert cache[:, :, :5].isnan().all() and cache[:, :, 5 + T :].isnan().all()
 
 
-@pytest.mark.parametrize("B", [1, 2, 5])
+def check_end_of_cache(device: torch.device) -> None:
+    """Of three tokens two have places: the third is not written, to the next sequence least of all."""
+    p_BTP, positions = inputs(SHAPES[1], 2, 3, torch.float32)
+    cos, sin = rope_cache.angles(positions.to(device), frequencies(8).to(device))
+    k, v = (torch.full((2, 2, 6, 16), float("nan"), device=device) for _ in range(2))
+    rope_cache.rope_cache(p_BTP.to(device), cos, sin, k, v, torch.tensor([4], dtype=torch.int32, device=device))
+    for cache, theirs in zip((k, v), expected(p_BTP, positions, SHAPES[1])[1:], strict=True):
+        assert cache[:, :, :4].isnan().all()
+        assert torch.allclose(cache[:, :, 4:].cpu().double(), theirs[:, :, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (2, 1), (5, 1), (1, 7), (3, 2)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_reference(shape: tuple[int, int, int, int], B: int, dtype: torch.dtype, bound: float) -> None:
-    p_BP, positions = inputs(shape, B, dtype)
-    _, G, K, R = shape
-    k, v = (torch.full((B, G, 9, K), float("nan"), dtype=dtype) for _ in range(2))
-    cos, sin = rope_cache.angles(positions, frequencies(R))
-    q = rope_cache.rope_cache(p_BP, cos, sin, k, v, torch.tensor([5], dtype=torch.int32))
-    for ours, theirs in zip((q, k[:, :, 5], v[:, :, 5]), expected(p_BP, positions, shape), strict=True):
-        assert float((ours.double() - theirs).norm() / theirs.norm()) < bound
-    assert k[:, :, :5].isnan().all() and v[:, :, 6:].isnan().all()
+def test_reference(shape: tuple[int, int, int, int], B: int, T: int, dtype: torch.dtype, bound: float) -> None:
+    check(torch.device("cpu"), shape, B, T, dtype, bound)
 
 
-def test_angles_of_the_model_are_these() -> None:
-    """What the kernel turns by is what prefill turns by."""
-    from minibble.quantize.builtin import builtin_config
-    from minibble.runtime.attention import frequencies as of_config
-    from minibble.runtime.attention import rotations
-
-    config = builtin_config("minimax-text-01")
-    positions = torch.tensor([[0, 1, 65_537, FAR]])
-    cos, sin = rope_cache.angles(positions[0], of_config(config, positions.device))
-    for ours, theirs in zip((cos, sin), rotations(config, positions), strict=True):
-        assert torch.equal(torch.cat((ours, ours), dim=-1)[None], theirs)
+def test_float32_angles_would_not_do() -> None:
+    """At a million tokens the fastest pair would be off by more than bfloat16's rounding."""
+    cos, _ = rope_cache.angles(torch.tensor([FAR]), frequencies(32))
+    rounded = (torch.tensor([FAR], dtype=torch.float32)[:, None] * frequencies(32).float()).cos()
+    assert (cos - rounded).abs().max() > 4e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("B", [1, 2, 5])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (2, 1), (5, 1), (1, 300), (3, 17)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_cuda(
-    cuda_device: torch.device, shape: tuple[int, int, int, int], B: int, dtype: torch.dtype, bound: float
+    cuda_device: torch.device, shape: tuple[int, int, int, int], B: int, T: int, dtype: torch.dtype, bound: float
 ) -> None:
-    check(cuda_device, shape, B, dtype, bound)
+    check(cuda_device, shape, B, T, dtype, bound)
+
+
+@pytest.mark.gpu
+def test_cuda_end_of_cache(cuda_device: torch.device) -> None:
+    check_end_of_cache(cuda_device)
 
 
 def check_interpreted() -> None:
@@ -100,8 +106,9 @@ def check_interpreted() -> None:
     reference.angles = fused.angles
     reference.rope_cache = fused.rope_cache
     for shape in SHAPES[1:]:
-        for B in (1, 3):
-            check(torch.device("cpu"), shape, B, torch.float32, 1e-6)
+        for B, T in ((1, 1), (3, 1), (2, 3)):
+            check(torch.device("cpu"), shape, B, T, torch.float32, 1e-6)
+    check_end_of_cache(torch.device("cpu"))
 
 
 def test_kernels_interpreted() -> None:

@@ -1,7 +1,8 @@
-"""Partial rotary embedding of one token per sequence, its keys and values appended to the cache, in one launch.
+"""Partial rotary embedding of new tokens, their keys and values appended to the cache, in one launch.
 
-Array axes: B batch, P what `in_proj` gives: H query, G key and G value heads of K features; L places of the cache;
-R rotated pairs, feature i with i + R. Where to append is read on the device, so a captured launch serves every token.
+Array axes: B batch, T new tokens, P what `in_proj` gives: H query, G key and G value heads of K features; L places of
+the cache; R rotated pairs, feature i with i + R. Where to append is read on the device, so that a captured launch
+serves every token.
 """
 
 import torch
@@ -11,29 +12,29 @@ from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.rope_cache import reference
 
 
-def angles(positions_B: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of int64 positions [B] times float64 frequencies [R]: float32 [B, R], exact at a million tokens."""
-    if not positions_B.is_cuda or reference_forced():
-        return reference.angles(positions_B, frequencies_R)
+def angles(positions: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of int64 positions times float64 frequencies [R]: float32 [..., R], exact at a million tokens."""
+    if not positions.is_cuda or reference_forced():
+        return reference.angles(positions, frequencies_R)
     from minibble.runtime.kernels.rope_cache import fused
 
-    return fused.angles(positions_B, frequencies_R)
+    return fused.angles(positions.contiguous(), frequencies_R)
 
 
-def rope_cache(p_BP: Tensor, cos_BR: Tensor, sin_BR: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, past: Tensor) -> Tensor:
-    """The rotated queries [B, H, K]; keys and values go to place `past` (int32 [1], on the device) of the caches.
+def rope_cache(p_BTP: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, past: Tensor) -> Tensor:
+    """The rotated queries [B, T, H, K]; keys and values go into the caches, from place `past` on.
 
-    `cos_BR`, `sin_BR` come from `angles`. A place beyond the caches is not written.
+    `cos_BTR`, `sin_BTR` come from `angles`; `past` is int32 [1], on the device. Places beyond the caches must not be
+    needed; the kernel does not write them.
     """
-    B, P = p_BP.shape
-    G, K = k_BGLK.shape[1], k_BGLK.shape[3]
+    (B, T, P), (G, K) = p_BTP.shape, k_BGLK.shape[1::2]
     assert k_BGLK.shape == v_BGLK.shape and k_BGLK.is_contiguous() and v_BGLK.is_contiguous()
-    assert P % K == 0 and P // K > 2 * G and p_BP.is_contiguous() and k_BGLK.shape[0] == B == cos_BR.shape[0]
-    q_BHK = torch.empty(B, P // K - 2 * G, K, dtype=p_BP.dtype, device=p_BP.device)
-    if p_BP.is_cuda and not reference_forced():
+    assert P % K == 0 and P // K > 2 * G and k_BGLK.shape[0] == B and cos_BTR.shape[:2] == (B, T)
+    q_BTHK = torch.empty(B, T, P // K - 2 * G, K, dtype=p_BTP.dtype, device=p_BTP.device)
+    if p_BTP.is_cuda and not reference_forced():
         from minibble.runtime.kernels.rope_cache import fused
 
-        fused.rope_cache(p_BP, cos_BR, sin_BR, k_BGLK, v_BGLK, past, q_BHK)
+        fused.rope_cache(p_BTP.contiguous(), cos_BTR, sin_BTR, k_BGLK, v_BGLK, past, q_BTHK)
     else:
-        reference.rope_cache(p_BP, cos_BR, sin_BR, k_BGLK, v_BGLK, past, q_BHK)
-    return q_BHK
+        reference.rope_cache(p_BTP, cos_BTR, sin_BTR, k_BGLK, v_BGLK, past, q_BTHK)
+    return q_BTHK

@@ -1,4 +1,4 @@
-"""The Triton kernels: a program turns one head of one sequence, or the angles of one sequence."""
+"""The Triton kernels: a program turns one head of one token, or the angles of one token."""
 
 import torch
 import triton
@@ -19,16 +19,17 @@ def _angles_kernel(p_position, p_frequency, p_cos, p_sin, R: tl.constexpr, BLOCK
 
 @triton.jit
 def _rope_cache_kernel(
-    p_in, p_cos, p_sin, p_q, p_k, p_v, p_past, capacity,
+    p_in, p_cos, p_sin, p_q, p_k, p_v, p_past, capacity, tokens,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    past = tl.load(p_past).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    place = tl.load(p_past) + row % tokens
+    group = row // tokens * G
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
     m_turned = o_k < tl.where(head < H + G, 2 * R, 0)
-    m_kept = o_k < tl.where(past < capacity, K, 0)
+    m_kept = o_k < tl.where(place < capacity, K, 0)
     p_head = p_in + (row * (H + 2 * G) + head) * K
     x = tl.load(p_head + o_k, mask=m_k, other=0.0)
     other = tl.load(p_head + tl.where(o_k < R, o_k + R, o_k - R), mask=m_turned, other=0.0).to(tl.float32)
@@ -40,31 +41,30 @@ def _rope_cache_kernel(
     if head < H:
         tl.store(p_q + (row * H + head) * K + o_k, y, mask=m_k)
     elif head < H + G:
-        p_place = p_k + ((row * G + head - H) * capacity + past) * K
-        tl.store(p_place + o_k, y, mask=m_kept)
+        tl.store(p_k + ((group + head - H) * capacity + place) * K + o_k, y, mask=m_kept)
     else:
-        p_place = p_v + ((row * G + head - H - G) * capacity + past) * K
-        tl.store(p_place + o_k, y, mask=m_kept)
+        tl.store(p_v + ((group + head - H - G) * capacity + place) * K + o_k, y, mask=m_kept)
 
 
-def angles(positions_B: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
+def angles(positions: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.angles`."""
-    B, R = positions_B.shape[0], frequencies_R.shape[0]
-    cos_BR, sin_BR = torch.empty(2, B, R, dtype=torch.float32, device=positions_B.device)
-    with torch.cuda.device_of(positions_B):  # Triton launches on the current device
-        _angles_kernel[(B,)](
-            positions_B, frequencies_R, cos_BR, sin_BR, R=R, BLOCK_R=triton.next_power_of_2(max(R, 1)), num_warps=1
+    R = frequencies_R.shape[0]
+    cos, sin = torch.empty(2, *positions.shape, R, dtype=torch.float32, device=positions.device)
+    with torch.cuda.device_of(positions):  # Triton launches on the current device
+        _angles_kernel[(positions.numel(),)](
+            positions, frequencies_R, cos, sin, R=R, BLOCK_R=triton.next_power_of_2(max(R, 1)), num_warps=1
         )
-    return cos_BR, sin_BR
+    return cos, sin
 
 
 def rope_cache(
-    p_BP: Tensor, cos_BR: Tensor, sin_BR: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, past: Tensor, q_BHK: Tensor
+    p_BTP: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, past: Tensor, q_BTHK: Tensor
 ) -> None:
-    """As `reference.rope_cache`; a place beyond the caches is not written."""
-    (B, H, K), (G, L) = q_BHK.shape, k_BGLK.shape[1:3]
-    with torch.cuda.device_of(p_BP):
-        _rope_cache_kernel[(H + 2 * G, B)](
-            p_BP, cos_BR, sin_BR, q_BHK, k_BGLK, v_BGLK, past, L,
-            H=H, G=G, K=K, R=cos_BR.shape[1], BLOCK_K=triton.next_power_of_2(K), num_warps=1,
+    """As `reference.rope_cache`; places beyond the caches are not written."""
+    (B, T, H, K), (G, L) = q_BTHK.shape, k_BGLK.shape[1:3]
+    assert p_BTP.is_contiguous() and cos_BTR.is_contiguous() and sin_BTR.is_contiguous()
+    with torch.cuda.device_of(p_BTP):
+        _rope_cache_kernel[(B * T, H + 2 * G)](
+            p_BTP, cos_BTR, sin_BTR, q_BTHK, k_BGLK, v_BGLK, past, L, T,
+            H=H, G=G, K=K, R=cos_BTR.shape[2], BLOCK_K=triton.next_power_of_2(K), num_warps=1,
         )  # fmt: skip

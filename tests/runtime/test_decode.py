@@ -1,0 +1,445 @@
+"""The fused decode step and its graphs: against the ordinary path, which other tests hold to the oracles.
+
+On the CPU the step runs launch by launch through the kernels' references, in float32, with the same bookkeeping.
+"""
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import tiny
+from golden.tiny_models import make
+from torch import Tensor
+
+from minibble.runtime import graphs
+from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.state import HybridState
+
+BOUND = 1e-5  # of the largest logit, in float32
+PROMPT = tiny.prompts((11,), seed=41)[0]
+NEXT = torch.tensor(tiny.prompts((16, 16, 16, 16, 16), seed=43))
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "6 heads": {"num_attention_heads": 6},
+    "3 heads, 1 key-value head": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "whole head rotated": {"rotary_dim": 16},
+    "3 of 5 experts": {"num_local_experts": 5, "num_experts_per_tok": 3},
+    "lightning only": {"num_hidden_layers": 3, "layer_types": ["linear_attention"] * 3},
+    "softmax only": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+}
+
+
+@cache
+def ordinary_model() -> MiniMaxForCausalLM:
+    """It refuses fused steps: it is on the CPU."""
+    return make(eos_token_id=None)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> MiniMaxForCausalLM:
+    """The same model, which takes them."""
+    monkeypatch.setattr(graphs, "unfused", lambda model: None)
+    return make(eos_token_id=None)
+
+
+def padded(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    width = max(lengths)
+    ids = torch.tensor([[5] * (width - n) + p for n, p in zip(lengths, tiny.prompts(lengths, seed=47), strict=True)])
+    return ids, torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+
+
+@torch.no_grad()
+def prefilled(model: MiniMaxForCausalLM, ids: Tensor, mask: Tensor | None = None, reserve: int = 64) -> HybridState:
+    state = HybridState(model.minibble, reserve=reserve)
+    model(ids, mask, past_key_values=state)
+    return state
+
+
+@torch.no_grad()
+def follow(model: MiniMaxForCausalLM, state: HybridState, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of further tokens, one after the other; `mask` [B, past + T] if it is to be given."""
+    past, logits = state.length, []
+    for t in range(ids.shape[1]):
+        seen = None if mask is None else mask[:, : past + t + 1]
+        logits.append(model(ids[:, t : t + 1], seen, past_key_values=state).logits)
+    return torch.cat(logits, dim=1)
+
+
+def error(ours: Tensor, right: Tensor) -> float:
+    assert ours.shape == right.shape and ours.dtype == torch.float32
+    return float((ours - right).abs().max() / right.abs().max())
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_step_equals_the_ordinary_path(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    model = make(**changes)
+    ids = torch.tensor([PROMPT])
+    right = follow(model, prefilled(model, ids), NEXT[:1])
+    assert set(model.decode_path()) == {"no GPU: the model is on cpu"}
+    monkeypatch.setattr(graphs, "unfused", lambda model: None)
+    model.decoder = graphs.Decoder()
+    assert error(follow(model, prefilled(model, ids), NEXT[:1]), right) < BOUND
+    assert model.decode_path() == {"eager": 16}
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 9), (4, 9, 1), (1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["mask given", "mask in the state"])
+def test_left_padded_batches(fused: MiniMaxForCausalLM, lengths: tuple[int, ...], given: bool) -> None:
+    ids, mask = padded(lengths)
+    more = NEXT[: len(lengths)]
+    whole = torch.cat((mask, torch.ones_like(more)), dim=1)
+    right = follow(ordinary_model(), prefilled(ordinary_model(), ids, mask), more, whole)
+    state = prefilled(fused, ids, mask)
+    assert error(follow(fused, state, more, whole if given else None), right) < BOUND
+    assert fused.decode_path() == {"eager": 16}
+    if len(set(lengths)) > 1:
+        assert state.valid is not None and torch.equal(state.valid, whole.bool())
+    else:
+        assert state.valid is None
+
+
+def test_a_mask_may_come_and_go(fused: MiniMaxForCausalLM) -> None:
+    """Padding that only a later call tells of, or takes back, counts from then on."""
+    ids, mask = padded((4, 9, 2))
+    ones = torch.ones(3, 16, dtype=torch.long)
+    logits = []
+    for model in (ordinary_model(), fused):
+        state = prefilled(model, ids)
+        first = follow(model, state, NEXT[:3, :2])
+        second = follow(model, state, NEXT[:3, 2:4], torch.cat((mask, ones[:, :4]), dim=1))
+        third = follow(model, state, NEXT[:3, 4:6])
+        fourth = follow(model, state, NEXT[:3, 6:8], torch.ones(3, 17, dtype=torch.long))
+        logits.append(torch.cat((first, second, third, fourth), dim=1))
+    assert error(logits[1], logits[0]) < BOUND
+    assert fused.decode_path() == {"eager": 8}
+
+
+def test_positions_may_be_given(fused: MiniMaxForCausalLM) -> None:
+    logits = []
+    for model in (ordinary_model(), fused):
+        state = prefilled(model, torch.tensor([PROMPT]))
+        with torch.no_grad():
+            far = torch.tensor([[1_000_003]])
+            logits.append(model(NEXT[:1, :1], position_ids=far, past_key_values=state).logits)
+    assert error(logits[1], logits[0]) < BOUND
+
+
+def test_growing_beyond_the_room(fused: MiniMaxForCausalLM) -> None:
+    ids = torch.tensor([PROMPT])
+    right = follow(ordinary_model(), prefilled(ordinary_model(), ids), NEXT[:1])
+    state = prefilled(fused, ids, reserve=len(PROMPT) + 3)
+    assert error(follow(fused, state, NEXT[:1]), right) < BOUND
+    assert state.capacity > len(PROMPT) + 16
+
+
+def test_several_tokens_in_between(fused: MiniMaxForCausalLM) -> None:
+    """A second turn's prompt goes the ordinary way, into the same places."""
+    logits = []
+    for model in (ordinary_model(), fused):
+        state = prefilled(model, torch.tensor([PROMPT]))
+        first = follow(model, state, NEXT[:1, :4])
+        bound = state.bound
+        with torch.no_grad():
+            turn = model(NEXT[:1, 4:9], past_key_values=state).logits
+        logits.append(torch.cat((first, turn, follow(model, state, NEXT[:1, 9:])), dim=1))
+        assert state.bound is bound
+    assert error(logits[1], logits[0]) < BOUND
+
+
+def test_snapshot_and_restore(fused: MiniMaxForCausalLM) -> None:
+    ids, mask = padded((4, 9, 2))
+    state = prefilled(fused, ids, mask)
+    first = follow(fused, state, NEXT[:3, :5])
+    bound, saved = state.bound, state.snapshot()
+    assert bound is not None and saved.bound is None
+    second = follow(fused, state, NEXT[:3, 5:])
+    state.restore(saved)
+    assert state.bound is bound and state.length == 14
+    assert torch.equal(follow(fused, state, NEXT[:3, 5:]), second)
+    assert torch.equal(follow(fused, saved, NEXT[:3, 5:]), second)
+    right = follow(ordinary_model(), prefilled(ordinary_model(), ids, mask), NEXT[:3])
+    assert error(torch.cat((first, second), dim=1), right) < BOUND
+
+
+def test_two_states_take_turns(fused: MiniMaxForCausalLM) -> None:
+    prompts = (torch.tensor([PROMPT]), NEXT[:2, 3:])
+    states = [prefilled(fused, ids) for ids in prompts]
+    logits: list[list[Tensor]] = [[], []]
+    for t in range(8):
+        for which, state in enumerate(states):
+            logits[which].append(follow(fused, state, NEXT[: state.batch_size, t : t + 1]))
+    for which, ids in enumerate(prompts):
+        right = follow(ordinary_model(), prefilled(ordinary_model(), ids), NEXT[: ids.shape[0], :8])
+        assert error(torch.cat(logits[which], dim=1), right) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda state: state.reorder_cache(torch.tensor([2, 0, 0])), True),
+        (lambda state: state.batch_select_indices(torch.tensor([1])), False),
+        (lambda state: state.batch_repeat_interleave(2), False),
+    ],
+    ids=["reordered", "selected", "repeated"],
+)
+def test_changes_of_the_batch(fused: MiniMaxForCausalLM, change: Any, kept: bool) -> None:
+    """A reordered batch keeps its places, so that beam search keeps its graph; one of another size cannot."""
+    ids, mask = padded((4, 9, 2))
+    logits = []
+    for model in (ordinary_model(), fused):
+        state = prefilled(model, ids, mask)
+        follow(model, state, NEXT[:3, :3])
+        bound, places = state.bound, [x.data_ptr() for held in state._tensors() for x in held.values()]
+        change(state)
+        if model is fused:
+            assert (state.bound is bound) == kept
+            assert ([x.data_ptr() for held in state._tensors() for x in held.values()] == places) == kept
+        more = NEXT[:1, 3:].repeat(state.batch_size, 1)
+        logits.append(follow(model, state, more))
+    assert error(logits[1], logits[0]) < BOUND
+
+
+def test_copies_of_a_state_are_free(fused: MiniMaxForCausalLM) -> None:
+    state = prefilled(fused, torch.tensor([PROMPT]))
+    follow(fused, state, NEXT[:1, :3])
+    twin = copy.deepcopy(state)
+    assert state.bound is not None and twin.bound is None
+    assert torch.equal(follow(fused, twin, NEXT[:1, 3:]), follow(fused, state, NEXT[:1, 3:]))
+
+
+def test_reset_starts_anew(fused: MiniMaxForCausalLM) -> None:
+    state = prefilled(fused, torch.tensor([PROMPT]))
+    follow(fused, state, NEXT[:1])
+    state.reset()
+    assert state.bound is None
+    with torch.no_grad():
+        fused(NEXT[:2, :5], past_key_values=state)
+    right = follow(ordinary_model(), prefilled(ordinary_model(), NEXT[:2, :5]), NEXT[:2, 5:])
+    assert error(follow(fused, state, NEXT[:2, 5:]), right) < BOUND
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_takes_it_by_itself(fused: MiniMaxForCausalLM, beams: int) -> None:
+    ids, mask = padded((4, 9, 2))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    right = ordinary_model().generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(fused.generate(ids, attention_mask=mask, **settings), right)
+    assert fused.decode_path() == {"eager": 11}
+
+
+def test_generate_does_not_look_at_the_mask(fused: MiniMaxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = padded((4, 9, 2))
+    looked: list[Any] = []
+    plain = graphs.attention_mask_2d
+    monkeypatch.setattr(graphs, "attention_mask_2d", lambda *args: looked.append(args) or plain(*args))
+    fused.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert fused.decode_path() == {"eager": 7} and not looked
+
+
+def test_the_ordinary_path_is_taken_where_it_must(fused: MiniMaxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(mask: Tensor | None = None) -> dict[str, int]:
+        fused.decoder.taken.clear()
+        state = prefilled(fused, NEXT[:2, :5])
+        logits = follow(fused, state, NEXT[:2, 5:6], mask)
+        right = follow(ordinary_model(), prefilled(ordinary_model(), NEXT[:2, :5]), NEXT[:2, 5:6], mask)
+        real = slice(None) if mask is None else mask[:, -1].bool()
+        assert error(logits[real], right[real]) < BOUND
+        return fused.decode_path()
+
+    assert once() == {"eager": 1}
+    assert once(torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])) == {"padding among the new tokens": 1}
+    fused.decoder.max_batch = 1
+    assert once() == {"more than 1 sequences": 1}
+    fused.decoder.max_batch = 2
+    monkeypatch.setenv("MINIBBLE_KERNELS", "reference")
+    assert once() == {"MINIBBLE_KERNELS=reference": 1}
+    monkeypatch.delenv("MINIBBLE_KERNELS")
+    state = HybridState(fused.minibble)
+    fused.decoder.taken.clear()
+    fused(NEXT[:2, :5], past_key_values=state)
+    fused(NEXT[:2, 5:6], past_key_values=state)
+    assert fused.decode_path() == {"gradients are enabled": 1}
+
+
+def test_prompts_are_not_counted(fused: MiniMaxForCausalLM) -> None:
+    prefilled(fused, NEXT[:1, :1])
+    prefilled(fused, NEXT)
+    assert fused.decode_path() == {}
+
+
+def test_moved_weights_are_looked_at_again(fused: MiniMaxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = prefilled(fused, NEXT[:1, :5])
+    follow(fused, state, NEXT[:1, 5:8])
+    monkeypatch.setattr(graphs, "unfused", lambda model: "elsewhere now")
+    follow(fused, state, NEXT[:1, 8:9])
+    assert fused.decode_path() == {"eager": 4}
+    fused.to(torch.device("cpu"))
+    follow(fused, state, NEXT[:1, 9:10])
+    assert fused.decode_path() == {"eager": 4, "elsewhere now": 1}
+
+
+def test_a_model_may_be_copied(fused: MiniMaxForCausalLM) -> None:
+    fused.decoder.max_batch = 7
+    follow(fused, prefilled(fused, NEXT[:1, :5]), NEXT[:1, 5:8])
+    twin = copy.deepcopy(fused)
+    assert twin.decoder.max_batch == 7 and twin.decode_path() == {}
+
+
+# On a GPU: the built-in model in 4 bits.
+
+LENGTHS = [(40,), (40, 40), (40, 7, 23), (40, 1, 39, 20), (5, 40, 12, 33, 40)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from minibble.quantize.builtin import demo_path
+    from minibble.quantize.job import quantize_checkpoint
+
+    return quantize_checkpoint(demo_path(), tmp_path_factory.mktemp("decode") / "nf4", device="cpu").out
+
+
+@pytest.fixture
+def model(cuda_device: torch.device, folder: Path) -> MiniMaxForCausalLM:
+    import minibble
+
+    return minibble.load(folder, device=cuda_device)
+
+
+def batch_of(lengths: tuple[int, ...], device: torch.device, more: int = 100) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded prompts, their mask, and tokens to follow."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(4, 2000, (len(lengths), max(lengths) + more), generator=generator)
+    mask = torch.ones(len(lengths), max(lengths), dtype=torch.long)
+    for row, n in enumerate(lengths):
+        mask[row, : max(lengths) - n] = 0
+    return ids[:, : max(lengths)].to(device), mask.to(device), ids[:, max(lengths) :].to(device)
+
+
+def by_reference(model: MiniMaxForCausalLM, folder: Path, *inputs: Tensor) -> Tensor:
+    """Logits by the plain path in float32."""
+    import minibble
+
+    exact = minibble.load(folder, device=model.device, dtype=torch.float32)
+    ids, mask, more = inputs
+    logits = follow(exact, prefilled(exact, ids, mask), more)
+    assert set(exact.decode_path()) == {"activations are float32, not bfloat16"}
+    return logits
+
+
+def distance(ours: Tensor, right: Tensor) -> float:
+    return float((ours - right).norm() / right.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_graph_follows_the_reference(
+    model: MiniMaxForCausalLM, folder: Path, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 tokens, as near to float32 as the ordinary path in bfloat16 is."""
+    inputs = batch_of(lengths, model.device)
+    ids, mask, more = inputs
+    state = prefilled(model, ids, mask, reserve=200)
+    logits = follow(model, state, more)
+    assert model.decode_path() == {"eager": 1, "graph": 99}
+    with monkeypatch.context() as context:
+        context.setattr(model.decoder, "max_batch", 0)
+        ordinary = follow(model, prefilled(model, ids, mask, reserve=200), more)
+    right = by_reference(model, folder, *inputs)
+    # The median over tokens: rounding makes now and then a token take another expert, in either path.
+    graph, plain = (((x - right).norm(dim=-1) / right.norm(dim=-1)).median() for x in (logits, ordinary))
+    print(f"{lengths}: graph {graph:.5f}, ordinary {plain:.5f}")
+    assert graph < 1.2 * plain and distance(logits, right) < 0.03
+
+
+@pytest.mark.gpu
+def test_graph_survives_what_states_go_through(model: MiniMaxForCausalLM, folder: Path) -> None:
+    """Snapshot and restore, a second state, growth, another turn of several tokens, beams changing places."""
+    inputs = batch_of((40, 7, 23), model.device)
+    ids, mask, more = inputs
+    right = by_reference(model, folder, *inputs)
+    state, other = prefilled(model, ids, mask, reserve=50), prefilled(model, ids[:1], reserve=50)
+    pieces = []
+    for t in range(0, 20, 2):  # growth at the 10th token
+        pieces.append(follow(model, state, more[:, t : t + 2]))
+        follow(model, other, more[:1, t : t + 1])
+    saved = state.snapshot()
+    first = follow(model, state, more[:, 20:40])
+    state.restore(saved)
+    assert torch.equal(follow(model, state, more[:, 20:40]), first)
+    with torch.no_grad():
+        turn = model(more[:, 40:60], past_key_values=state).logits
+    pieces += [first, turn, follow(model, state, more[:, 60:70])]
+    assert distance(torch.cat(pieces, dim=1), right[:, :70]) < 0.03
+    order = torch.tensor([2, 0, 0], device=model.device)
+    state.reorder_cache(order)
+    before = model.decode_path()["eager"]
+    swapped = follow(model, state, more[order][:, 70:80])
+    assert distance(swapped, right[order][:, 70:80]) < 0.03
+    assert model.decode_path()["eager"] == before
+    assert set(model.decode_path()) == {"eager", "graph"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_on_graphs(model: MiniMaxForCausalLM, beams: int) -> None:
+    """Each token chosen is likeliest, or as good as, by the ordinary path fed with the same tokens."""
+    ids, mask, _ = batch_of((40, 7, 23), model.device)
+    settings: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+    out = model.generate(ids, attention_mask=mask, **settings)
+    taken = model.decode_path()
+    assert taken["graph"] >= 50 and set(taken) == {"eager", "graph"}
+    if beams == 1:
+        whole = torch.cat((mask, mask.new_ones(3, 59)), dim=1)
+        with torch.no_grad():
+            logits = model(out[:, :-1], whole).logits[:, ids.shape[1] - 1 :]
+        chosen = logits.gather(-1, out[:, ids.shape[1] :, None]).squeeze(-1)
+        gap = logits.amax(-1) - chosen
+        assert float(gap.max()) < 0.03 * float(logits.abs().max()), gap.max()
+
+
+@pytest.mark.gpu
+def test_memory_comes_back(model: MiniMaxForCausalLM) -> None:
+    """Neither graphs nor what they work in outlive the states and the model."""
+    import gc
+
+    def held() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    ids, mask, more = batch_of((40, 7), model.device, more=8)
+    follow(model, prefilled(model, ids, mask), more)  # what is kept for good: workspaces, tables
+    before = held()
+    states = [prefilled(model, ids, mask) for _ in range(graphs.MAX_GRAPHS + 3)]
+    for state in states:
+        follow(model, state, more)
+    assert sum(state.bound.graph is not None for state in states) == graphs.MAX_GRAPHS
+    del states, state
+    assert held() <= before
+
+
+@pytest.mark.gpu
+def test_threads_take_turns(model: MiniMaxForCausalLM) -> None:
+    """Two threads, each on its own stream and state, capture and replay at the same time."""
+    from threading import Thread
+
+    ids, mask, more = batch_of((40, 7), model.device, more=40)
+    right = follow(model, prefilled(model, ids, mask), more)
+    found: dict[int, Tensor] = {}
+
+    def work(which: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(model.device)):
+            found[which] = follow(model, prefilled(model, ids, mask), more)
+            torch.cuda.synchronize()
+
+    threads = [Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for logits in found.values():
+        assert distance(logits, right) < 1e-3
