@@ -84,7 +84,7 @@ class Decoder:
         if why is not None:
             self.taken[why] += 1
             return None
-        with torch.inference_mode(), torch.cuda.device_of(ids_B1), _LOCK:
+        with torch.inference_mode(), _LOCK:
             return self._run(model, ids_B1, valid, position_ids, state)
 
     def _refusal(self, model: "MiniMaxForCausalLM", ids_B1: Tensor, state: HybridState) -> str | None:

@@ -231,8 +231,11 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = HybridState(self.minibble, reserve=max_cache_length)
+        elif isinstance(given, HybridState):
+            given.reserve = max(given.reserve, max_cache_length)
         return False
 
     @torch.no_grad()

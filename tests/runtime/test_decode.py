@@ -231,6 +231,16 @@ def test_generate_takes_it_by_itself(fused: MiniMaxForCausalLM, beams: int) -> N
     assert fused.decode_path() == {"eager": 11}
 
 
+def test_another_turn_makes_room_once(fused: MiniMaxForCausalLM) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    first = fused.generate(torch.tensor([PROMPT]), **settings)
+    state = first.past_key_values
+    assert state.capacity == len(PROMPT) + 5
+    turn = torch.cat((first.sequences, NEXT[:1]), dim=1)
+    fused.generate(turn, past_key_values=state, **settings)
+    assert state.capacity == turn.shape[1] + 5 and fused.decode_path() == {"eager": 10}
+
+
 def test_generate_does_not_look_at_the_mask(fused: MiniMaxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = padded((4, 9, 2))
     looked: list[Any] = []
@@ -353,6 +363,29 @@ def test_graph_follows_the_reference(
     graph, plain = (((x - right).norm(dim=-1) / right.norm(dim=-1)).median() for x in (logits, ordinary))
     print(f"{lengths}: graph {graph:.5f}, ordinary {plain:.5f}")
     assert graph < 1.2 * plain and distance(logits, right) < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(300,), (300, 41, 299)], ids=str)
+@pytest.mark.parametrize("chunk", [64, 1024])
+def test_prompts_follow_the_reference(
+    model: MiniMaxForCausalLM, folder: Path, lengths: tuple[int, ...], chunk: int
+) -> None:
+    """In one piece and in several, where causality does not start at the first key."""
+    import minibble
+
+    ids, mask, _ = batch_of(lengths, model.device, more=0)
+    exact = minibble.load(folder, device=model.device, dtype=torch.float32)
+    model.prefill_chunk, real = chunk, mask.bool()
+    with torch.no_grad():
+        right = exact(ids, mask).logits[real]
+        logits = model(ids, mask).logits[real]
+        one_by_one = follow(model, HybridState(model.minibble, reserve=300), ids[:1]) if len(lengths) == 1 else None
+    error = ((logits - right).norm(dim=-1) / right.norm(dim=-1)).median()
+    print(f"{lengths} {chunk}: {error:.5f}")
+    assert error < 0.012
+    if one_by_one is not None:
+        assert distance(one_by_one[0], right) < 0.03
 
 
 @pytest.mark.gpu
