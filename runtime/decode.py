@@ -55,9 +55,9 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
     cos, sin = angles(inputs.positions[:, None], inputs.frequencies)
     step = Step(cos, sin, inputs.past, inputs.valid, state)
     h = model.embedding(inputs.ids)
-    first = model.layers[0].input_norm
+    first, *norms = model.norms()
     x = rms_norm(h, first.weight, first.eps, h.dtype)
-    for layer, following in model.followed():
+    for layer, following in zip(model.layers, norms, strict=True):
         parts = partial(layer.attention.out_proj, layer.attention.step(layer.attention.in_proj(x), step))
         y = norm_residual(x, parts, layer.alpha, layer.beta, layer.post_norm.weight, layer.post_norm.eps)
         parts = expert_parts(layer.moe, y)

@@ -70,7 +70,7 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder = Decoder()
         self.tokenizer: Any = None
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.vocab_size, config.hidden_size)
         self.unused_ids: Tensor | None = None
@@ -184,18 +184,18 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _layers_at_once(self, h_BTD: Tensor, context: Context) -> Tensor:
         """The same with one launch for each residual and the norm after it."""
-        first: RMSNorm = self.layers[0].input_norm
+        first, *norms = self.norms()
         x = rms_norm(h_BTD, first.weight, first.eps, h_BTD.dtype)
-        for layer, following in self.followed():
+        for layer, following in zip(self.layers, norms, strict=True):
             a, b = layer.attention, layer.post_norm
             y = norm_residual(x, a(x, context)[None], layer.alpha, layer.beta, b.weight, b.eps)
             z = layer.moe(y)
             x = norm_residual(y, z[None], layer.mlp_alpha, layer.mlp_beta, following.weight, following.eps)
         return x
 
-    def followed(self) -> Iterator[tuple[Any, RMSNorm]]:
-        """Each layer with the norm that comes after it."""
-        return zip(self.layers, (*(layer.input_norm for layer in self.layers[1:]), self.norm), strict=True)
+    def norms(self) -> list[RMSNorm]:
+        """The norm before each layer, and the last one."""
+        return [*(layer.input_norm for layer in self.layers), self.norm]
 
     def decode_path(self) -> dict[str, int]:
         """How the single tokens after a prompt went through the layers so far: how many each way, or for which reason.
@@ -212,13 +212,13 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
     # has to look at it, which would wait for the device.
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        updated: dict[str, Any] = GenerationMixin._update_model_kwargs_for_generation(self, *args, **kwargs)
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
         return updated | {"mask_is_in_state": updated.get("past_key_values") is not None}
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         known = kwargs.pop("mask_is_in_state", False)
-        inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if known:
             inputs.pop("attention_mask", None)
         return inputs
