@@ -14,12 +14,19 @@
 // up), SCATTERED (row i of x makes row pairs[i] of the output, times weights[pairs[i]]), OUT_FLOAT (float32 output, else
 // bfloat16).
 
+#ifndef ORDERED
+#define ORDERED (TOKENS >= 128)
+#endif
+#ifndef EXACT
+#define EXACT 1
+#endif
 constexpr int ROWS = 256;
 constexpr int CONSUMERS = 8;  // warps, 32 rows of W each
 constexpr int THREADS = 384;
 constexpr int SCALE_WARPS = 3;
 constexpr int CODES_NBYTES = 4096;  // of a chunk of 32 rows x 256 columns
 constexpr int SCALE_BLOCKS = 256 / SCALE_COLUMNS;  // in a row of a chunk
+constexpr int SCALES = SCALE_COLUMNS < 64 ? 2 : 1;  // in 64 columns of a row
 constexpr int SCALE_SLOTS = SCALE_BLOCKS == 8 ? 3 : 4;
 constexpr int SCALE_SLOT_NBYTES = ROWS * SCALE_BLOCKS * 4;
 constexpr int MAX_EXPERTS = 512;
@@ -65,27 +72,23 @@ struct Problem {
     int band;                  // tiles of tokens that share a pass over W
 };
 
-// Which part of which tile a block makes, one after the other.
+// Which part of which tile a block makes, one after the other. A unit is 64 columns of a tile.
 struct Walk {
-    int blocks, low, high;  // units of 64 columns of shared tiles, still to do
-    int tile, total;        // whole tiles
-    int begin, end, now;    // the current part: its columns / 64, its tile
+    int blocks, total;     // units of a tile; tiles
+    int shared, sharers;   // tiles cut among blocks, and how many blocks; none of these is without work
+    int low, high, tile;   // still to do: units of shared tiles, then whole tiles
+    int begin, end, now;   // the current part: its units, its tile
 
     __device__ Walk(int tiles, int blocks_per_tile) : blocks(blocks_per_tile), total(tiles) {
-        int shared = shared_tiles(tiles);
-        low = first_unit(shared, blocks, blockIdx.x);
-        high = first_unit(shared, blocks, blockIdx.x + 1);
+        int grid = gridDim.x;
+        shared = tiles % grid == 0 ? 0 : tiles < 2 * grid ? tiles : tiles % grid + grid;
+        sharers = min(grid, (shared * blocks + 3) / 4);
+        low = first_unit(min((int)blockIdx.x, sharers));
+        high = first_unit(min((int)blockIdx.x + 1, sharers));
         tile = shared + blockIdx.x;
     }
 
-    static __device__ int shared_tiles(int tiles) {
-        int waves = tiles / (int)gridDim.x;
-        return tiles % (int)gridDim.x == 0 ? 0 : waves <= 1 ? tiles : tiles - (waves - 1) * (int)gridDim.x;
-    }
-
-    static __device__ int first_unit(int shared, int blocks, int block) {
-        return (int)((long long)shared * blocks * block / (int)gridDim.x);
-    }
+    __device__ int first_unit(int block) const { return sharers ? (int)((long long)shared * blocks * block / sharers) : 0; }
 
     __device__ bool next() {
         if (high > low) {  // the last part first: a tile's first columns are somebody else's to finish
@@ -217,32 +220,41 @@ struct RowScales {
     }
 };
 
-__device__ __forceinline__ void decode_scales(const Problem& p, u32 base, const int* starts, const float* map, int tiles,
+__device__ __forceinline__ void store_scales(u32 address, const RowScales& row, const float* map, float inverse) {
+    u32 words[SCALE_BLOCKS];
+#pragma unroll
+    for (int i = 0; i < SCALE_BLOCKS; i++) words[i] = split(row.scale(i, map) * inverse);
+    if (SCALE_BLOCKS == 2) {
+        store_shared2(address, words[0], words[1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < SCALE_BLOCKS; i += 4)
+            store_shared4(address + 4 * i, uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
+    }
+}
+
+__device__ __forceinline__ void decode_scales(const Problem& p, u32 base, const int* starts, float* map, int tiles,
                                               int worker) {
-    constexpr int TOGETHER = 4;
     int lane = threadIdx.x & 31, turn = 0;
+    if (NESTED) {
+        for (int i = threadIdx.x - 32; i < 256; i += 32 * SCALE_WARPS) map[i] = p.dynamic_map[i];
+        named_barrier(6, 32 * SCALE_WARPS);
+    }
     Ring ring;
     for (Walk walk(tiles, 4 * p.chunks); walk.next();) {
         Place place = place_of(p, starts, walk.now);
         int here = min(CONSUMERS, p.tiles - place.first_tile);
         for (int chunk = walk.begin >> 2; chunk <= (walk.end - 1) >> 2; chunk++) {
             if (turn == worker) {
+                RowScales rows[CONSUMERS];
+#pragma unroll
+                for (int i = 0; i < CONSUMERS; i++)
+                    if (i < here) rows[i].load(p, place.matrix, place.first_tile + i, lane, chunk);
+                barrier_wait(scales_empty_at(base, ring.index), ring.phase ^ 1);
                 u32 slot = base + SCALES_AT + ring.index * SCALE_SLOT_NBYTES + lane * SCALE_BLOCKS * 4;
-                for (int group = 0; group < CONSUMERS; group += TOGETHER) {
-                    RowScales rows[TOGETHER];
 #pragma unroll
-                    for (int i = 0; i < TOGETHER; i++)
-                        if (group + i < here) rows[i].load(p, place.matrix, place.first_tile + group + i, lane, chunk);
-                    if (group == 0) barrier_wait(scales_empty_at(base, ring.index), ring.phase ^ 1);
-#pragma unroll
-                    for (int i = 0; i < TOGETHER; i++) {
-                        if (group + i >= here) continue;
-#pragma unroll
-                        for (int block = 0; block < SCALE_BLOCKS; block++)
-                            store_shared(slot + ((group + i) * 32 * SCALE_BLOCKS + block) * 4,
-                                         split(rows[i].scale(block, map) * p.inverse));
-                    }
-                }
+                for (int i = 0; i < CONSUMERS; i++)
+                    if (i < here) store_scales(slot + i * 32 * SCALE_BLOCKS * 4, rows[i], map, p.inverse);
                 barrier_arrive(scales_full_at(base, ring.index));
             }
             turn = turn == SCALE_WARPS - 1 ? 0 : turn + 1;
@@ -254,13 +266,14 @@ __device__ __forceinline__ void decode_scales(const Problem& p, u32 base, const 
 // Both halves of a split scale, each for a pair of weights.
 struct Scale {
     u32 main, rest;
-    __device__ __forceinline__ void load(u32 address) {
-        u32 both = load_shared(address);
+    __device__ __forceinline__ void set(u32 both) {
         main = __byte_perm(both, both, 0x1010);
         rest = __byte_perm(both, both, 0x3232);
     }
     // level * scale, rounded once: the rest's share is far below the last place.
-    __device__ __forceinline__ u32 times(u32 levels) const { return fma_pairs(levels, main, multiply_pairs(levels, rest)); }
+    __device__ __forceinline__ u32 times(u32 levels) const {
+        return EXACT ? fma_pairs(levels, main, multiply_pairs(levels, rest)) : multiply_pairs(levels, main);
+    }
 };
 
 // The four A registers of a lane from four bytes of codes; `table` is the lane's column of the table.
@@ -316,8 +329,8 @@ __device__ __forceinline__ void hand_over(const Problem& p, Sums& sums, int thre
     if (thread % 128 == 0) publish(p.flags + 2 * blockIdx.x + thread / 128);
 }
 
-// Add the sums of the blocks that made columns before `low`, the last of them first.
-__device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thread, int tile_first, int shared, int blocks) {
+// Add the sums of the blocks that made the tile's first columns, the last of them first.
+__device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thread, const Walk& walk) {
     for (int block = blockIdx.x - 1;; block--) {
         if (thread % 128 == 0) await(p.flags + 2 * block + thread / 128);
         named_barrier(1 + thread / 128, 128);
@@ -329,7 +342,7 @@ __device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thre
             sums.second[4 * i] += b.x, sums.second[4 * i + 1] += b.y;
             sums.second[4 * i + 2] += b.z, sums.second[4 * i + 3] += b.w;
         }
-        if (Walk::first_unit(shared, blocks, block) <= tile_first) return;
+        if (walk.first_unit(block) <= walk.now * walk.blocks) return;
     }
 }
 
@@ -411,15 +424,32 @@ __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, 
     }
 }
 
+// Wait for the tensor cores, which read `a` until then.
+__device__ __forceinline__ void finish(u32 (&a)[4][2][4]) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) keep(a[i][0][j]), keep(a[i][1][j]);
+}
+
 __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* starts, int tiles) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread & 31;
-    int blocks = 4 * p.chunks;
+    int blocks = 4 * p.chunks, group = thread / 128;
+    if (NF4) {
+        for (int i = thread; i < 2048; i += 256) {
+            u32 levels = p.table[i / 8];
+            store_shared4(base + TABLE_AT + 16 * i, uint4{levels, levels, levels, levels});
+        }
+        named_barrier(5, 256);
+    }
+    if (ORDERED && group == 1) named_arrive(3, 256);
     u32 table = SHARED_START + TABLE_AT + 4 * lane;
     u32 scales_at = base + SCALES_AT + (32 * warp + lane / 4) * SCALE_BLOCKS * 4;
     Ring ring, slots;
     Sums sums;
     for (Walk walk(tiles, blocks); walk.next();) {
         u32 before = 0;
+        u32 a[4][2][4];
         for (int kb = walk.begin; kb < walk.end; kb++) {
             u32 stage = base + STAGES_AT + ring.index * STAGE_NBYTES;
             if (kb == walk.begin || kb % 4 == 0) barrier_wait(scales_full_at(base, slots.index), slots.phase);
@@ -427,28 +457,33 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
             u32 codes_at = stage + X_NBYTES + warp * 1024 + lane * 16;
             uint4 upper = load_shared4(codes_at), lower = load_shared4(codes_at + 512);
             u32 words[2][4] = {{upper.x, upper.y, upper.z, upper.w}, {lower.x, lower.y, lower.z, lower.w}};
-            Scale scales[4];
             u32 scale_at = scales_at + slots.index * SCALE_SLOT_NBYTES + kb % 4 * 64 / SCALE_COLUMNS * 4;
+            u32 split_scales[SCALES][4];
+#pragma unroll
+            for (int i = 0; i < SCALES; i++)
+                for (int r = 0; r < 4; r++) split_scales[i][r] = load_shared(scale_at + (8 * r * SCALE_BLOCKS + i) * 4);
             u64 tokens = token_descriptor(stage);
-            u32 a[2][2][4];
+            if (kb != walk.begin) {
+                finish(a);
+                if (lane == 0) barrier_arrive(empty_at(base, before));
+            }
+            Scale scales[4];
 #pragma unroll
             for (int s = 0; s < 4; s++) {
-                if (s == 0 || s * 16 % SCALE_COLUMNS == 0) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        scales[i].load(scale_at + (8 * i * SCALE_BLOCKS + s * 16 / SCALE_COLUMNS) * 4);
-                }
-                decode(a[s & 1][0], words[0][s], table, scales[0], scales[1]);
-                decode(a[s & 1][1], words[1][s], table, scales[2], scales[3]);
-                wgmma_fence();
-                Wgmma<TOKENS>::multiply(sums.first, a[s & 1][0], tokens + 2 * s, kb != walk.begin || s);
-                Wgmma<TOKENS>::multiply(sums.second, a[s & 1][1], tokens + 2 * s, kb != walk.begin || s);
-                wgmma_commit();
-                wgmma_wait<1>();
-#pragma unroll
-                for (int i = 0; i < 4; i++) keep(a[s & 1 ^ 1][0][i]), keep(a[s & 1 ^ 1][1][i]);
-                if (s == 0 && kb != walk.begin && lane == 0) barrier_arrive(empty_at(base, before));
+                if (s * SCALES % 4 == 0)
+                    for (int r = 0; r < 4; r++) scales[r].set(split_scales[s * SCALES / 4][r]);
+                decode(a[s][0], words[0][s], table, scales[0], scales[1]);
+                decode(a[s][1], words[1][s], table, scales[2], scales[3]);
             }
+            if (ORDERED) named_barrier(3 + group, 256);
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                Wgmma<TOKENS>::multiply(sums.first, a[s][0], tokens + 2 * s, kb != walk.begin || s);
+                Wgmma<TOKENS>::multiply(sums.second, a[s][1], tokens + 2 * s, kb != walk.begin || s);
+            }
+            wgmma_commit();
+            if (ORDERED) named_arrive(4 - group, 256);
             if (kb % 4 == 3 || kb + 1 == walk.end) {
                 if (lane == 0) barrier_arrive(scales_empty_at(base, slots.index));
                 slots.step<SCALE_SLOTS>();
@@ -456,14 +491,14 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
             before = ring.index;
             ring.step<STAGES>();
         }
-        wgmma_wait<0>();
+        finish(a);
         sums.fence();
         if (lane == 0) barrier_arrive(empty_at(base, before));
         if (walk.end < blocks) {
             hand_over(p, sums, thread);
             continue;
         }
-        if (walk.begin > 0) take_over(p, sums, thread, walk.now * blocks, Walk::shared_tiles(tiles), blocks);
+        if (walk.begin > 0) take_over(p, sums, thread, walk);
         Place place = place_of(p, starts, walk.now);
         int tile = place.first_tile + warp;
         if (tile >= p.tiles) continue;
@@ -474,6 +509,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
         store_pairs(p, sums, place, tile, base + STAGING_AT + warp * STAGING_NBYTES);
 #endif
     }
+    if (ORDERED && group == 0) named_barrier(3, 256);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -490,24 +526,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(scales_full_at(base, i), 32), barrier_init(scales_empty_at(base, i), CONSUMERS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (NF4) {
-        for (int i = thread; i < 2048; i += THREADS) {
-            u32 levels = p.table[i / 8];
-            store_shared4(base + TABLE_AT + 16 * i, uint4{levels, levels, levels, levels});
-        }
-    }
-    if (NESTED) {
-        for (int i = thread; i < 256; i += THREADS) map[i] = p.dynamic_map[i];
-    }
     if (GROUPED && thread < 32) count_tiles(p, starts);
     __syncthreads();
     int tiles = GROUPED ? starts[p.experts] : row_tiles(p) * ((p.tokens + TOKENS - 1) / TOKENS);
     if (thread < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         if (thread < 32) copy_stages(p, &x_map, base, starts, tiles);
         else decode_scales(p, base, starts, map, tiles, thread / 32 - 1);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
         multiply(p, base, starts, tiles);
     }
 }

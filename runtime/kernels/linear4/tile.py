@@ -23,6 +23,7 @@ _BLOCK_ROWS, _THREADS, _SHARED_NBYTES = 256, 384, 232448
 TOKENS = (16, 32, 64, 128)  # of a tile
 MAX_EXPERTS = 511
 _BAND = 16  # tiles of tokens that share a pass over the weights: 25 MB of x at K = 6144, half of the L2 cache
+_CHUNKS_A_BLOCK = 4  # of decode_tiles
 SLICE_NBYTES = 16 << 20  # of decoded weights at a time
 
 
@@ -178,7 +179,7 @@ def decode_tiles(
         layout.K,
     )
     with torch.cuda.device(data.device):
-        grid = (layout.chunks, -(-(end - first) // ROWS), 1)
+        grid = (-(-layout.chunks // _CHUNKS_A_BLOCK), -(-(end - first) // ROWS), 1)
         _decode_kernel(layout.levels == "nf4", layout.nested, layout.scale_columns).launch(
             grid, 128, [source, out, first, end]
         )
@@ -200,12 +201,10 @@ def linear_decoded(
     for first in range(0, layout.N, step):
         end = min(first + step, layout.N)
         weight = decode_tiles(data, layout, (first, end), workspace[: end - first])
-        if out_dtype == torch.bfloat16 and end - first == layout.N:
-            torch.mm(x_MK, weight.t(), out=out)
-        elif out_dtype == torch.bfloat16:
-            out[:, first:end] = torch.mm(x_MK, weight.t())
+        if out_dtype == torch.bfloat16:
+            torch.mm(x_MK, weight.t(), out=out[:, first:end])
         else:
-            out[:, first:end] = torch.mm(x_MK, weight.t(), out_dtype=torch.float32)
+            out[:, first:end] = torch.mm(x_MK, weight.t(), out_dtype=out_dtype)
     return out
 
 
