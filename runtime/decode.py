@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from minibble.runtime.attention import Step, frequencies
-from minibble.runtime.kernels.moe4 import expert, moe4
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
 from minibble.runtime.kernels.rope_cache import angles
-from minibble.runtime.kernels.router import route
 from minibble.runtime.layers import Linear
-from minibble.runtime.moe import MoE
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
@@ -60,7 +57,7 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
     for layer, following in zip(model.layers, norms, strict=True):
         parts = partial(layer.attention.out_proj, layer.attention.step(layer.attention.in_proj(x), step))
         y = norm_residual(x, parts, layer.alpha, layer.beta, layer.post_norm.weight, layer.post_norm.eps)
-        parts = expert_parts(layer.moe, y)
+        parts = layer.moe.parts(y)
         x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, following.weight, following.eps)
     return model.head(x, out_dtype=torch.float32)
 
@@ -73,6 +70,8 @@ def unfused(model: "MiniMaxForCausalLM") -> str | None:
         return f"activations are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
     if any(weight.device != model.device for weight in model.parameters()):
         return "weights are on several devices"
+    if any(layer.moe.packed is None for layer in model.layers):
+        return "experts are not held in the kernels' records"
     return None
 
 
@@ -80,13 +79,3 @@ def partial(linear: Linear, x_MK: Tensor) -> Tensor:
     """x W^T in float32, as parts [S, M, N] that add up to it."""
     split = getattr(linear.packed, "partial", None)
     return linear(x_MK, out_dtype=torch.float32)[None] if split is None else split(x_MK)
-
-
-def expert_parts(moe: MoE, y_MD: Tensor) -> Tensor:
-    """What the experts add, float32, as parts [S, M, D] that add up to it."""
-    assert isinstance(moe.router.held, Tensor)
-    ids, weights = route(y_MD, moe.router.held, moe.active)
-    if y_MD.is_cuda:
-        dense = torch.zeros(y_MD.shape[0], len(moe.table), device=y_MD.device).scatter_(1, ids.long(), weights)
-        return torch.stack([expert(y_MD, one).float() * dense[:, e, None] for e, one in enumerate(moe.table)])
-    return moe4(y_MD, ids, weights, moe.table).float()[None]

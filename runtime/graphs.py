@@ -131,7 +131,7 @@ class Decoder:
         """True if there may be one more graph; the one unused the longest goes for it if it is idle."""
         if model.device.type != "cuda" or self._failed:
             return False
-        held = [bound for bound in self._bound if bound.graph is not None]
+        held = self._captured()
         if len(held) < MAX_GRAPHS:
             return True
         oldest = min(held, key=lambda bound: bound.used)
@@ -140,8 +140,12 @@ class Decoder:
         oldest.release()
         return True
 
+    def _captured(self) -> "list[Bound]":
+        """Those with a graph; all work in one pool of memory, since they never run at the same time."""
+        return [bound for bound in self._bound if bound.graph is not None]
+
     def _capture(self, bound: "Bound", model: "MiniMaxForCausalLM", state: HybridState) -> None:
-        if self._pool is None:  # shared by all graphs of the model, which never run at the same time
+        if not self._captured():  # a pool goes with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         try:
             bound.capture(model, state, self._pool)

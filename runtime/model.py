@@ -111,7 +111,7 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def memory_report(self, context: int = 4096, batch: int = 1) -> dict[str, Any]:
         """The plan beside what is measured: bytes of the weights held and, on a GPU, the most allocated so far."""
-        modules = [module for module in self.modules() if isinstance(module, Linear | Embedding)]
+        modules = [module for module in self.modules() if isinstance(module, Linear | Embedding | MoE)]
         packed = sum(module.packed.nbytes for module in modules if module.packed is not None)
         measured: dict[str, Any] = {"weights_bytes": packed + sum(weight.nbytes for weight in self.parameters())}
         if self.device.type == "cuda":

@@ -17,17 +17,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1.0e30)  # the largest score where nothing was seen; finite, so that differences are
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "splits"])  # one compiled kernel for all capacities and batches
 def _split_kernel(
-    p_q, p_k, p_v, p_valid, p_past, p_out, p_stats, capacity, scale,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
+    p_q, p_k, p_v, p_valid, p_past, p_out, p_stats, capacity, splits, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     group = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     past = tl.load(p_past)
-    per_split = tl.cdiv(tl.cdiv(past + 1, BLOCK_L), SPLITS) * BLOCK_L
+    per_split = tl.cdiv(tl.cdiv(past + 1, BLOCK_L), splits) * BLOCK_L
     begin = split * per_split
     end = tl.minimum(begin + per_split, past + 1)
     if begin > past:
@@ -58,26 +58,26 @@ def _split_kernel(
         out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         total = total * shrink + tl.sum(weight, axis=1)
         top = higher
-    if SPLITS == 1:
+    if WHOLE:
         out = out / total[:, None]
         tl.store(p_out + head[:, None] * K + o_k[None, :], out.to(p_out.dtype.element_ty), mask=m_rk)
     else:
-        part = head * SPLITS + split
+        part = head * splits + split
         tl.store(p_out + part[:, None] * K + o_k[None, :], out, mask=m_rk)
         tl.store(p_stats + 2 * part, top, mask=o_r < H // G)
         tl.store(p_stats + 2 * part + 1, total, mask=o_r < H // G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    p_parts, p_stats, p_past, p_out,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_parts, p_stats, p_past, p_out, splits,
+    K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     o_s, o_k = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     blocks = tl.cdiv(tl.load(p_past) + 1, BLOCK_L)
-    m_s = o_s < tl.cdiv(blocks, tl.cdiv(blocks, SPLITS))  # those that had anything to read
-    part = head * SPLITS + o_s
+    m_s = o_s < tl.cdiv(blocks, tl.cdiv(blocks, splits))  # those that had anything to read
+    part = head * splits + o_s
     top = tl.load(p_stats + 2 * part, mask=m_s, other=NOTHING)
     share = tl.exp2(top - tl.max(top, axis=0))
     total = tl.sum(share * tl.load(p_stats + 2 * part + 1, mask=m_s, other=0.0), axis=0)
@@ -112,14 +112,14 @@ def decode(q_BHK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, past: Tensor, valid_BL
     BLOCK_K = triton.next_power_of_2(max(K, 16))
     with torch.cuda.device_of(q_BHK):  # Triton launches on the current device
         _split_kernel[(S, G, B)](
-            q_BHK, k_BGLK, v_BGLK, valid, past, parts, stats, L, K**-0.5,
-            H=H, G=G, K=K, SPLITS=S, MASKED=valid_BL is not None,
+            q_BHK, k_BGLK, v_BGLK, valid, past, parts, stats, L, S, K**-0.5,
+            H=H, G=G, K=K, WHOLE=S == 1, MASKED=valid_BL is not None,
             BLOCK_R=triton.next_power_of_2(max(H // G, 16)), BLOCK_L=BLOCK_L, BLOCK_K=BLOCK_K,
             num_warps=4, num_stages=3,
         )  # fmt: skip
         if S > 1:
             _merge_kernel[(B * H,)](
-                parts, stats, past, out_BHK,
-                K=K, SPLITS=S, BLOCK_L=BLOCK_L, BLOCK_S=triton.next_power_of_2(S), BLOCK_K=BLOCK_K, num_warps=4,
+                parts, stats, past, out_BHK, S,
+                K=K, BLOCK_L=BLOCK_L, BLOCK_S=triton.next_power_of_2(S), BLOCK_K=BLOCK_K, num_warps=4,
             )  # fmt: skip
     return out_BHK

@@ -17,7 +17,7 @@ def _angles_kernel(p_position, p_frequency, p_cos, p_sin, R: tl.constexpr, BLOCK
     tl.store(p_sin + row * R + o_r, tl.sin(angle).to(tl.float32), mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "tokens"])  # one compiled kernel for all of them
 def _rope_cache_kernel(
     p_in, p_cos, p_sin, p_q, p_k, p_v, p_past, capacity, tokens,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
