@@ -1,7 +1,7 @@
 """From a checkpoint to a model that runs: every tensor of the inventory, each exactly once."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,11 @@ from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.moe import MoE
 from minibble.runtime.plan import held_dtype, plan_memory
+
+if TYPE_CHECKING:
+    from minibble.runtime.kernels.moe4.table import ExpertTable
 
 DEFAULT_CONTEXT = 4096  # tokens planned for where the caller does not say
 
@@ -41,9 +45,12 @@ def load(
     dtype = dtype or best_dtype(device)
     plan_memory(checkpoint, device, dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
     model = MiniMaxForCausalLM(checkpoint.config, dtype)
+    tables = _expert_tables(model, checkpoint, device)
     for module, names in by_module(checkpoint.config):
         specs = [checkpoint.specs[name] for name in names]
-        _fill(model, module, specs, [checkpoint.read(spec) for spec in specs], device)
+        _fill(model, module, specs, [checkpoint.read(spec) for spec in specs], device, tables)
+    for moe, table in tables.items():
+        moe.set_packed(table)
     _check_complete(model)
     model.eval().requires_grad_(False)
     model.checkpoint = checkpoint
@@ -75,14 +82,35 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
+def _expert_tables(
+    model: MiniMaxForCausalLM, checkpoint: Checkpoint, device: torch.device
+) -> "dict[MoE, ExpertTable]":
+    """Room for the experts of the layers whose experts are all 4-bit, where kernels for their records run."""
+    config, format = checkpoint.config, checkpoint.format
+    if device.type != "cuda" or format is None:
+        return {}
+    from minibble.runtime.kernels.moe4.table import ExpertTable
+
+    wide = {s.layer for s in checkpoint.inventory if s.role == "expert" and s.name not in checkpoint.quantized}
+    shape = (config.num_experts, config.hidden_size, config.intermediate_size)
+    tables = {
+        layer.moe: ExpertTable.empty(*shape, format, model.dtype, device)
+        for index, layer in enumerate(model.layers)
+        if index not in wide
+    }
+    return {moe: table for moe, table in tables.items() if table is not None}
+
+
 def _fill(
     model: MiniMaxForCausalLM,
     name: str,
     specs: list[TensorSpec],
     parts: list[Tensor | QuantizedTensor],
     device: torch.device,
+    tables: "dict[MoE, ExpertTable]",
 ) -> None:
-    """Give the module `name` its weight: the rows of `parts`, in 4 bits or as a tensor."""
+    """Give the module `name` its weight: the rows of `parts`, in 4 bits or as a tensor; or its record, if it is an
+    expert's of a layer in `tables`."""
     module = model.get_submodule(name)
     if module is model.head:
         model.unused_ids = _zero_rows(parts[0])
@@ -98,9 +126,17 @@ def _fill(
         module.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
     elif isinstance(module, Embedding):
         module.set_packed(packed[0].to(device))
+    elif specs[0].expert is not None and (table := tables.get(_moe_of(model, specs[0]))) is not None:
+        table.put(specs[0].expert, "down" if len(packed) == 1 else "gate_up", packed)
     else:
         assert isinstance(module, Linear), f"{name} cannot hold a 4-bit matrix"
         module.set_packed(prepare(packed, device, model.dtype))
+
+
+def _moe_of(model: MiniMaxForCausalLM, spec: TensorSpec) -> MoE:
+    moe = model.get_submodule(f"layers.{spec.layer}.moe")
+    assert isinstance(moe, MoE)
+    return moe
 
 
 def _zero_rows(head: Tensor | QuantizedTensor) -> Tensor:

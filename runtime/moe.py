@@ -1,10 +1,16 @@
 """The mixture of experts of a layer. Array axes: B batch, T tokens, D hidden, F expert hidden, E experts, A active."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from minibble.quantize.config import ModelConfig
 from minibble.runtime.kernels.moe4 import moe4
+from minibble.runtime.kernels.router import route
 from minibble.runtime.layers import Linear
+
+if TYPE_CHECKING:
+    from minibble.runtime.kernels.moe4.table import ExpertTable
 
 
 class Expert(nn.Module):
@@ -17,7 +23,10 @@ class Expert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token goes to its A most probable experts, weighted by their probabilities made to sum to 1."""
+    """Each token goes to its A most probable experts, weighted by their probabilities made to sum to 1.
+
+    The experts are modules in `table`, or, on GPUs in 4 bits, records in `packed`, and then there are no modules.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -25,14 +34,27 @@ class MoE(nn.Module):
         self.router = Linear(config.num_experts, config.hidden_size)
         self.table = tuple(Expert(config) for _ in range(config.num_experts))  # much quicker to index than its twin
         self.experts = nn.ModuleList(self.table)
+        self.packed: ExpertTable | None = None
+
+    def set_packed(self, packed: "ExpertTable") -> None:
+        """Hold all experts as records in the kernels' layout."""
+        self.packed, self.table, self.experts = packed, (), nn.ModuleList()
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts [N, A] and their weights, float32 [N, A]."""
-        # A softmax over all experts, its A largest made to sum to 1, is the softmax over those A.
-        logits, ids = self.router(x_ND.float()).topk(self.active, dim=-1)
-        return ids, logits.softmax(dim=-1)
+        router = self.router.held
+        assert isinstance(router, Tensor)
+        return route(x_ND, router, self.active)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         ids, weights = self.route(x_ND)
-        return moe4(x_ND, ids, weights, self.table).view_as(x_BTD)
+        y_ND = moe4(x_ND, ids, weights, self.table) if self.packed is None else self.packed(x_ND, ids, weights)
+        return y_ND.view_as(x_BTD)
+
+    def parts(self, x_MD: Tensor) -> Tensor:
+        """What the experts add to a few tokens, float32, as parts [S, M, D] whose sum it is."""
+        ids, weights = self.route(x_MD)
+        if self.packed is not None:
+            return self.packed.decode(x_MD, ids, weights)
+        return moe4(x_MD, ids, weights, self.table).float()[None]

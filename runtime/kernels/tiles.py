@@ -54,16 +54,22 @@ class TileLayout:
     def of(cls, parts: Sequence[QuantizedTensor], interleaved: bool = False) -> "TileLayout | None":
         """The layout of the rows of `parts`; None if it cannot hold their shapes or their group size."""
         first = parts[0]
-        K, group = first.shape[1], first.block_size
-        rows = tuple(q.shape[0] for q in parts)
-        if K % group or (not interleaved and any(n % 16 for n in rows[:-1])) or (interleaved and rows[0] % 16):
+        nested, rows = first.nested_absmax is not None, tuple(q.shape[0] for q in parts)
+        return cls.make(rows, first.shape[1], first.levels, first.block_size, nested, interleaved)
+
+    @classmethod
+    def make(
+        cls, rows: tuple[int, ...], K: int, levels: Levels, block_size: int, nested: bool, interleaved: bool = False
+    ) -> "TileLayout | None":
+        """The layout of matrices of `rows` and K columns, of which `block_size` share a scale; None as in `of`."""
+        if K % block_size or any(n % 16 for n in (rows if interleaved else rows[:-1])):
             return None
-        if first.levels == "int4":
-            columns = group if group in GROUPS else 128 if group % 128 == 0 else 0
+        if levels == "int4":
+            columns = block_size if block_size in GROUPS else 128 if block_size % 128 == 0 else 0
             return cls(rows, K, "int4", 2, columns, False, interleaved) if columns else None
-        if group != BLOCK:
+        if block_size != BLOCK:
             return None
-        nested = first.nested_absmax is not None and K % COLUMNS == 0
+        nested = nested and K % COLUMNS == 0
         return cls(rows, K, "nf4", 1 if nested else 4, BLOCK, nested, interleaved)
 
     @property

@@ -48,7 +48,7 @@ def prepare(parts: list[QuantizedTensor], device: torch.device, dtype: torch.dty
         return cpu.PackedLinear(parts, dtype) if parts[0].levels == "nf4" else cpu_int4.PackedLinear(parts, dtype)
     from minibble.runtime.kernels.linear4 import cuda
 
-    return cuda.PackedLinear(parts)
+    return cuda.prepare(parts, dtype)
 
 
 Weight = Tensor | Packed

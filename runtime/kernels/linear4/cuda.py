@@ -1,20 +1,82 @@
-"""4-bit products on CUDA: decode the matrix into a workspace, multiply with cuBLAS."""
+"""4-bit products on CUDA: straight from the codes for bfloat16 activations, else decoded and multiplied by cuBLAS."""
 
 import torch
 from torch import Tensor
 
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.kernels import nvrtc, reference_forced
+from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decode import decode_into
 from minibble.runtime.kernels.linear4.stored import StoredParts
+from minibble.runtime.kernels.tiles import TileLayout, pack
+
+FEW = 8  # tokens up to which the kernel for few of them is the quicker
 
 
-class PackedLinear(StoredParts):
-    """A matrix resident as it is stored, second-level scales included."""
+def fused(dtype: torch.dtype) -> bool:
+    """True where the fused kernels take activations of `dtype`."""
+    return dtype == torch.bfloat16 and nvrtc.available() and not reference_forced()
+
+
+def prepare(parts: list[QuantizedTensor], dtype: torch.dtype) -> "TiledLinear | StoredLinear":
+    """The rows of `parts`, which lie on a CUDA device, for activations of `dtype`."""
+    layout = TileLayout.of(parts) if fused(dtype) else None
+    return StoredLinear(parts) if layout is None else TiledLinear(pack(parts, layout), layout)
+
+
+class TiledLinear:
+    """A matrix [N, K] in the kernels' layout, uint8 [layout.nbytes]."""
+
+    def __init__(self, data: Tensor, layout: TileLayout):
+        self.data, self.layout = data, layout
+        self.shape = (layout.N, layout.K)
+        self.operand = skinny.Operand(layout, torch.tensor([data.data_ptr()], device=data.device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        x_MK = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+        kernel_dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+        return self._product(x_MK, kernel_dtype).to(out_dtype).view(*x.shape[:-1], self.shape[0])
+
+    def _product(self, x_MK: Tensor, out_dtype: torch.dtype) -> Tensor:
+        M = len(x_MK)
+        if M > FEW:
+            many = tile.linear if tile.available(x_MK.device) else tile.linear_decoded
+            return many(x_MK, self.data, self.layout, out_dtype)
+        if out_dtype == torch.float32:
+            return self.partial(x_MK).sum(0)
+        out = torch.empty(M, self.shape[0], dtype=out_dtype, device=x_MK.device)
+        if M:
+            splits = skinny.splits_for(self.layout, M, x_MK.device)
+            skinny.launch(self.operand, skinny.BFLOAT16, x_MK, out, splits=splits)
+        return out
+
+    def partial(self, x_MK: Tensor) -> Tensor:
+        """Sums over parts of K that add up to the product, float32 [S, M, N], of x bfloat16 [M, K]."""
+        M = len(x_MK)
+        if not 0 < M <= FEW:
+            return self._product(x_MK, torch.float32).unsqueeze(0)
+        splits = skinny.splits_for(self.layout, M, x_MK.device)
+        out = torch.empty(splits, M, self.shape[0], device=x_MK.device)
+        skinny.launch(self.operand, skinny.PARTS, x_MK.contiguous(), out, splits=splits)
+        return out
+
+
+class StoredLinear(StoredParts):
+    """A matrix resident as it is stored, second-level scales included; decoded whole for every product."""
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         weight = self.decode(x.dtype)
         if out_dtype == x.dtype:
             return torch.nn.functional.linear(x, weight)
         return torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=out_dtype).unflatten(0, x.shape[:-1])
+
+    def partial(self, x_MK: Tensor) -> Tensor:
+        """The product, float32 [1, M, N], of x bfloat16 [M, K]."""
+        return self(x_MK, torch.float32).unsqueeze(0)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K] in `dtype`."""

@@ -27,6 +27,7 @@ typedef unsigned long long u64;
 #endif
 #define CHUNK_NBYTES (CODES_NBYTES + 32 * SCALES_PER_ROW * SCALE_NBYTES)
 #define THREADS (WARPS * 32)
+#define EVICT_FIRST 0x12F0000000000000ull  // the policy createpolicy.fractional.L2::evict_first makes: read once
 
 struct Args {
     const long long* table;  // address of each expert's record
@@ -34,15 +35,18 @@ struct Args {
     const float* weights;    // the router's, of each pair
     const char* x;           // bfloat16 [rows, K]
     char* out;
-    const u32* lut;          // two levels of each byte
-    const float* map;        // double quantization's first-level table
     int M, active, experts;
     int N, K, tiles, chunks, splits;
-    int token_rows;          // rows of x that shared memory has room for: min(8, M)
+    int token_rows;          // tokens of a job that shared memory has room for: min(8, M)
     int stages, segment_tiles;
+    int first_stages;        // of a ring, filled before x is asked for
     int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
     float* parts;            // room for float32 [splits, M, N] where EPILOGUE 0 has splits
     int* arrived;            // for each job and tile, how many of its splits are done; zeros before and after
+    int parts_count, interleaved;
+    int part_start[4], part_nested[4];  // in 16 rows, in second-level scales
+    unsigned short levels[16];  // bfloat16, of each code
+    float map[256];          // double quantization's first-level table, times `unscale`
     float unscale;           // what scales are multiplied with, as kernel levels are larger than stored ones
 };
 
@@ -71,8 +75,9 @@ __device__ inline void copy_chunk(char* to, const char* from, u64* bar, int lane
     if (lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
                      ::"r"(shared_address(bar)), "r"(CHUNK_NBYTES) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     ::"r"(shared_address(to)), "l"(from), "r"(CHUNK_NBYTES), "r"(shared_address(bar)) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                     ::"r"(shared_address(to)), "l"(from), "r"(CHUNK_NBYTES), "r"(shared_address(bar)), "l"(EVICT_FIRST)
+                     : "memory");
     }
 #else
     for (int i = lane * 16; i < CHUNK_NBYTES; i += 512)
@@ -80,6 +85,14 @@ __device__ inline void copy_chunk(char* to, const char* from, u64* bar, int lane
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 #endif
 }
+
+// 4 bytes, without waiting for them; zeros if not `there`.
+__device__ inline void copy_word(char* to, const char* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
+                 : "memory");
+}
+
+__device__ inline void wait_for_words() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -94,24 +107,27 @@ __device__ inline void wait_for_previous_kernel() {
 struct Shared {
     char *lut, *ring, *x;
     float *map, *nested;
-    float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), offset
+    float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), and offset
     u64* bars;
-    int *pairs, *job_expert, *job_first, *job_count, *last;
+    const char** job_matrix;  // where the matrix of job j's expert begins
+    int *pairs, *job_count, *last;  // the pairs of job j begin at pairs[TOKENS * j]
 };
 
 // A segment: consecutive tiles of one job and one split of K, which the warps share.
 struct Segment {
     int job, split, tile, count;
+    int tokens;  // of the job: the rows of x and of sums in shared memory
 };
 
 // The job list stands in shared memory; unit u is tile u % tiles of the job-and-split u / tiles.
-__device__ inline Segment segment_at(const Args& a, int unit, int stop) {
+__device__ inline Segment segment_at(const Args& a, const Shared& sh, int unit, int stop) {
     Segment s;
     int group = unit / a.tiles;
     s.job = group / a.splits;
     s.split = group % a.splits;
     s.tile = unit % a.tiles;
     s.count = min(min(stop - unit, a.tiles - s.tile), a.segment_tiles);
+    s.tokens = sh.job_count[s.job];
     return s;
 }
 
@@ -129,7 +145,7 @@ struct Stream {
 
 __device__ inline bool stream_segment(const Args& a, const Shared& sh, Stream& s, int warp) {
     while (s.unit < s.stop) {
-        Segment seg = segment_at(a, s.unit, s.stop);
+        Segment seg = segment_at(a, sh, s.unit, s.stop);
         s.unit += seg.count;
         int first = split_start(a, seg.split);
         s.width = split_start(a, seg.split + 1) - first;
@@ -139,8 +155,7 @@ __device__ inline bool stream_segment(const Args& a, const Shared& sh, Stream& s
         s.tile = s.q / s.width;
         s.c = s.q % s.width;
         s.skip = (a.chunks - s.width) * CHUNK_NBYTES;
-        const char* record = (const char*)a.table[sh.job_expert[seg.job]] + a.matrix_start;
-        s.from = record + ((long long)(seg.tile + s.tile) * a.chunks + first + s.c) * CHUNK_NBYTES;
+        s.from = sh.job_matrix[seg.job] + ((long long)(seg.tile + s.tile) * a.chunks + first + s.c) * CHUNK_NBYTES;
         if (s.q < s.q_end) return true;
     }
     return false;
@@ -156,109 +171,159 @@ __device__ inline void stream_step(Stream& s) {
     }
 }
 
-// Sorts the pairs by expert and cuts each expert's into jobs of at most 8; returns the number of jobs.
-__device__ int make_jobs(const Args& a, Shared& sh) {
-    int pairs = a.M * a.active, tid = threadIdx.x;
-    if (a.ids == nullptr) {
-        int jobs = (a.M + TOKENS - 1) / TOKENS;
-        for (int j = tid; j < jobs; j += THREADS) {
-            sh.job_expert[j] = 0;
-            sh.job_first[j] = j * TOKENS;
-            sh.job_count[j] = min(TOKENS, a.M - j * TOKENS);
-        }
-        for (int p = tid; p < pairs; p += THREADS) sh.pairs[p] = p;
-        __syncthreads();
-        return jobs;
+// The matrix of the lane's expert, or of the only one: known long before the ids are.
+__device__ inline const char* matrix_of_lane(const Args& a, int lane) {
+    return (const char*)a.table[min(lane, a.experts - 1)] + a.matrix_start;
+}
+
+// That of the pair with the lane's number, or one that no pair has.
+__device__ inline int expert_of_lane(const Args& a, int lane) {
+    return a.ids != nullptr && lane < a.M * a.active ? a.ids[lane] : -1 - lane;
+}
+
+// Up to 32 pairs: every warp does the same, one writes. Jobs come in the order of their first pairs.
+__device__ int jobs_of_a_warp(const Args& a, Shared& sh, int pairs, const char* matrix, int expert) {
+    int lane = threadIdx.x % 32;
+    u32 below = (1u << lane) - 1;
+    u32 same = __match_any_sync(0xffffffff, expert);
+    int rank = __popc(same & below);
+    u32 leaders = __ballot_sync(0xffffffff, lane < pairs && rank % TOKENS == 0);
+    const char* own = (const char*)__shfl_sync(0xffffffff, (u64)matrix, expert & 31);
+    if (a.experts > 32 && lane < pairs) own = (const char*)a.table[expert] + a.matrix_start;
+    if (threadIdx.x < pairs) {
+        u32 mine = leaders & same;
+        for (int i = 0; i < rank / TOKENS; ++i) mine &= mine - 1;
+        int job = __popc(leaders & ((1u << (__ffs(mine) - 1)) - 1));
+        sh.pairs[job * TOKENS + rank % TOKENS] = lane;
+        sh.job_matrix[job] = own;
+        if (rank % TOKENS == 0) sh.job_count[job] = min(TOKENS, __popc(same) - rank);
     }
-    // The lists of jobs are not needed before the counts are known: the ids stand in one of them, the counts in another.
-    int *ids = sh.job_first, *counts = sh.job_count;
-    for (int p = tid; p < pairs; p += THREADS) ids[p] = a.ids[p];
+    return __popc(leaders);
+}
+
+// Any number of pairs: a thread for each expert, up to one an expert.
+__device__ int jobs_of_many(const Args& a, Shared& sh, int pairs) {
+    int *ids = sh.last, *counts = sh.last + pairs, e = threadIdx.x;
+    for (int p = e; p < pairs; p += THREADS) ids[p] = a.ids[p];
     __syncthreads();
-    for (int e = tid; e < a.experts; e += THREADS) {
+    if (e < a.experts) {
         int count = 0;
         for (int p = 0; p < pairs; ++p) count += ids[p] == e;
         counts[e] = count;
     }
     __syncthreads();
-    int total = 0;
-    for (int e = 0; e < a.experts; ++e) total += (counts[e] + TOKENS - 1) / TOKENS;
-    // Each expert's thread keeps what it will write until all have read.
-    for (int e0 = 0; e0 < a.experts; e0 += THREADS) {
-        int e = e0 + tid, count = 0, place = 0, job = 0;
-        if (e < a.experts) {
-            count = counts[e];
-            for (int i = 0; i < e; ++i) {
-                place += counts[i];
-                job += (counts[i] + TOKENS - 1) / TOKENS;
-            }
-            int to = place;
-            for (int p = 0; p < pairs; ++p)
-                if (ids[p] == e) sh.pairs[to++] = p;
-        }
-        __syncthreads();  // experts beyond one pass over the threads are refused by the caller
-        for (int done = 0; done < count; done += TOKENS, ++job) {
-            sh.job_expert[job] = e;
-            sh.job_first[job] = place + done;
-            sh.job_count[job] = min(TOKENS, count - done);
+    int job = 0, jobs = 0;
+    for (int i = 0; i < a.experts; ++i) {
+        if (i == e) job = jobs;
+        jobs += (counts[i] + TOKENS - 1) / TOKENS;
+    }
+    if (e < a.experts && counts[e]) {
+        int rank = 0;
+        for (int p = 0; p < pairs; ++p)
+            if (ids[p] == e) sh.pairs[job * TOKENS + rank++] = p;
+        for (int done = 0; done < rank; done += TOKENS, ++job) {
+            sh.job_matrix[job] = (const char*)a.table[e] + a.matrix_start;
+            sh.job_count[job] = min(TOKENS, rank - done);
         }
     }
+    return jobs;
+}
+
+// Groups the pairs by expert and cuts each expert's into jobs of at most 8; returns the number of jobs.
+__device__ int make_jobs(const Args& a, Shared& sh, const char* matrix, int expert) {
+    int pairs = a.M * a.active, tid = threadIdx.x, jobs = 0;
+    if (a.ids == nullptr) {
+        jobs = (a.M + TOKENS - 1) / TOKENS;
+        for (int p = tid; p < pairs; p += THREADS) {
+            sh.pairs[p] = p;
+            sh.job_matrix[p / TOKENS] = matrix;
+            sh.job_count[p / TOKENS] = min(TOKENS, a.M - p / TOKENS * TOKENS);
+        }
+    } else if (pairs <= 32) {
+        jobs = jobs_of_a_warp(a, sh, pairs, matrix, expert);
+    } else {
+        jobs = jobs_of_many(a, sh, pairs);
+    }
     __syncthreads();
-    return total;
+    return jobs;
 }
 
 // The rows of x that a job reads, in the order of B's registers: [64 columns][half][row][4 threads][4 words].
 __device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
-    const int BATCH = 6;  // loads of 4 words in flight
     int first = split_start(a, seg.split) * 256, columns = split_start(a, seg.split + 1) * 256 - first;
-    int count = sh.job_count[seg.job], units = columns / 8 * a.token_rows;
-    const int* pairs = sh.pairs + sh.job_first[seg.job];
-    for (int u0 = threadIdx.x; u0 < units; u0 += BATCH * THREADS) {
-        uint4 v[BATCH];
+    int units = columns / 8 * seg.tokens;
+    const int* pairs = sh.pairs + seg.job * TOKENS;
+    for (int u = threadIdx.x; u < units; u += THREADS) {
+        int t = u & 3, r = (u >> 2) % seg.tokens, k = first + (u >> 2) / seg.tokens * 32 + t * 2;
+        int row = EPILOGUE == 3 ? pairs[r] : pairs[r] / a.active;
+        const char* from = a.x + ((long long)row * a.K + k) * 2;
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int u = u0 + i * THREADS, t = u & 3, r = (u >> 2) % a.token_rows, half_block = (u >> 2) / a.token_rows;
-            int k = first + half_block * 32 + t * 2;
-            v[i] = make_uint4(0, 0, 0, 0);
-            if (u < units && r < count && k < a.K) {
-                int row = EPILOGUE == 3 ? pairs[r] : pairs[r] / a.active;
-                const u32* from = (const u32*)(a.x + ((long long)row * a.K + k) * 2);
-                v[i] = make_uint4(from[0], from[4], from[8], from[12]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i)
-            if (u0 + i * THREADS < units) *(uint4*)(sh.x + (u0 + i * THREADS) * 16) = v[i];
+        for (int i = 0; i < 4; ++i) copy_word(sh.x + u * 16 + i * 4, from + i * 16, k < a.K);
     }
 }
 
 // Second-level scales of the segment's rows, for every 16 of them those that their blocks may need.
 __device__ void load_nested(const Args& a, const Shared& sh, const Segment& seg) {
 #if SCALE_KIND == 0
-    const char* record = (const char*)a.table[sh.job_expert[seg.job]] + a.matrix_start;
-    const int2* meta = (const int2*)(record + a.meta_start) + 2 * seg.tile;
-    const float* nested = (const float*)(record + a.nested_start);
+    const char* record = sh.job_matrix[seg.job];
+    const char* meta = record + a.meta_start + 16 * seg.tile;
+    int rows16 = 16 * (a.K / 64);
     for (int i = threadIdx.x; i < 2 * seg.count * a.nested_span; i += THREADS) {
         int m = i / a.nested_span, j = i % a.nested_span;
-        int2 one = meta[m];
-        sh.nested[i] = nested[min((one.x >> 8) + j, a.nested_count - 1)] * a.unscale;
-        if (j == 0) sh.meta[m] = make_float2(__int_as_float(one.x & 255), __int_as_float(one.y) * a.unscale);
+        // The record holds the first block too, but to wait for it before asking for the scales costs a microsecond.
+        int m16 = 2 * seg.tile + m, part = 0;
+        while (part + 1 < a.parts_count && m16 >= a.part_start[part + 1]) ++part;
+        int block = a.interleaved ? (m16 & 1) * a.part_nested[1] * 256 + (m16 >> 1) * rows16
+                                  : a.part_nested[part] * 256 + (m16 - a.part_start[part]) * rows16;
+        int at = min((block >> 8) + j, a.nested_count - 1);
+        copy_word((char*)(sh.nested + i), record + a.nested_start + 4 * at, true);
+        if (j == 0) {
+            *(int*)(sh.meta + m) = block & 255;
+            copy_word((char*)(sh.meta + m) + 4, meta + m * 8 + 4, true);
+        }
     }
 #endif
 }
 
 // ---- A chunk --------------------------------------------------------------------------------------------------------
 
-__device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The two levels of byte I of `codes`.
-template <int I>
-__device__ inline u32 levels(const char* lut, u32 codes, u32 lane4) {
-    return *(const u32*)(lut + __byte_perm(codes, lane4, 0x5504 | I << 4));
-}
+// A's registers of one step from the codes of 8 weights. B must be in the same order of columns: see `order_b`.
+struct Levels {
+    u32 a[4];
+#if SCALE_KIND == 2
+    // Integers: a nibble under 0x4300 is the bfloat16 128 + code. Even columns come together, and odd ones.
+    __device__ inline Levels(const char*, u32 codes, u32) {
+        a[0] = centred(codes >> 4);
+        a[1] = centred(codes >> 12);
+        a[2] = centred(codes);
+        a[3] = centred(codes >> 8);
+    }
+    __device__ static inline u32 centred(u32 codes) {
+        u32 biased = (codes & 0x000f000f) | 0x43004300, y;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(biased), "r"(0x3f803f80), "r"(0xc308c308));  // - 136
+        return y;
+    }
+    __device__ static inline void order_b(u32& b0, u32& b1) {
+        u32 even = __byte_perm(b0, b1, 0x5410), odd = __byte_perm(b0, b1, 0x7632);
+        b0 = even, b1 = odd;
+    }
+#else
+    // By the table: a byte's two levels are one look-up.
+    __device__ inline Levels(const char* lut, u32 codes, u32 lane4) {
+        a[0] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5504));
+        a[1] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5514));
+        a[2] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5524));
+        a[3] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5534));
+    }
+    __device__ static inline void order_b(u32&, u32&) {}
+#endif
+};
 
 __device__ inline float half_to_float(u32 bits) {
     float f;
@@ -271,26 +336,26 @@ struct RowScales {
 #if SCALE_KIND == 0
     u32 codes;
     float nested, offset;
-    __device__ inline void load(const Shared& sh, const char* scales, int row, int m16, int first, int span) {
+    __device__ inline void load(const Args& a, const Shared& sh, const char* scales, int row, int m16, int first) {
         codes = *(const u32*)(scales + row * 4);
         float2 meta = sh.meta[m16];
         int block = __float_as_int(meta.x) + first;
-        nested = sh.nested[m16 * span + (block >> 8)];
-        offset = meta.y;
+        nested = sh.nested[m16 * a.nested_span + (block >> 8)];
+        offset = meta.y * a.unscale;
     }
     __device__ inline float get(const Shared& sh, int i) const {
         return sh.map[(codes >> (8 * i)) & 255] * nested + offset;
     }
 #elif SCALE_KIND == 1
     float values[4];
-    __device__ inline void load(const Shared& sh, const char* scales, int row, int m16, int first, int span) {
+    __device__ inline void load(const Args& a, const Shared& sh, const char* scales, int row, int m16, int first) {
         float4 v = *(const float4*)(scales + row * 16);
-        values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+        values[0] = v.x * a.unscale, values[1] = v.y * a.unscale, values[2] = v.z * a.unscale, values[3] = v.w * a.unscale;
     }
-    __device__ inline float get(const Shared& sh, int i) const { return values[i]; }
+    __device__ inline float get(const Shared& sh, int i) const { return values[i]; }  // loaded times unscale
 #else
     u32 halves[SCALES_PER_ROW / 2];
-    __device__ inline void load(const Shared& sh, const char* scales, int row, int m16, int first, int span) {
+    __device__ inline void load(const Args& a, const Shared& sh, const char* scales, int row, int m16, int first) {
 #pragma unroll
         for (int i = 0; i < SCALES_PER_ROW / 2; ++i)
             halves[i] = *(const u32*)(scales + row * 2 * SCALES_PER_ROW + 4 * i);
@@ -303,7 +368,7 @@ struct RowScales {
 #define STEPS_PER_SCALE (SCALE_COLUMNS < 64 ? SCALE_COLUMNS / 16 : 4)
 
 __device__ inline void chunk(const Args& a, const Shared& sh, const char* stage, int tile, int c, int k_chunk,
-                             float (&sums)[2][4], int lane, u32 lane4, int x_lane) {
+                             float (&sums)[2][4], int lane, u32 lane4, int x_lane, int tokens) {
     int g = lane >> 2;
     RowScales scales[2][2];
     int per_row = a.K / 64;
@@ -312,14 +377,16 @@ __device__ inline void chunk(const Args& a, const Shared& sh, const char* stage,
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int row = g + 8 * half;
-            scales[rt][half].load(sh, stage + CODES_NBYTES, 16 * rt + row, 2 * tile + rt, row * per_row + 4 * k_chunk,
-                                  a.nested_span);
+            scales[rt][half].load(a, sh, stage + CODES_NBYTES, 16 * rt + row, 2 * tile + rt,
+                                  row * per_row + 4 * k_chunk);
         }
 #pragma unroll
     for (int kb = 0; kb < 4; ++kb) {
-        const char* xb = sh.x + (c * 4 + kb) * a.token_rows * 128 + x_lane;
-        uint4 b01 = *(const uint4*)xb, b23 = *(const uint4*)(xb + a.token_rows * 64);
+        const char* xb = sh.x + (c * 4 + kb) * tokens * 128 + x_lane;
+        uint4 b01 = *(const uint4*)xb, b23 = *(const uint4*)(xb + tokens * 64);
         u32 bs[8] = {b01.x, b01.y, b01.z, b01.w, b23.x, b23.y, b23.z, b23.w};
+#pragma unroll
+        for (int s = 0; s < 4; ++s) Levels::order_b(bs[2 * s], bs[2 * s + 1]);
         uint4 w0 = *(const uint4*)(stage + kb * 1024 + lane * 16), w1 = *(const uint4*)(stage + kb * 1024 + 512 + lane * 16);
         u32 words[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
 #pragma unroll
@@ -329,9 +396,7 @@ __device__ inline void chunk(const Args& a, const Shared& sh, const char* stage,
             for (int s = s0; s < s0 + STEPS_PER_SCALE; ++s)
 #pragma unroll
                 for (int rt = 0; rt < 2; ++rt) {  // two chains of products side by side
-                    u32 w = words[rt][s];
-                    mma(part[rt], levels<0>(sh.lut, w, lane4), levels<1>(sh.lut, w, lane4), levels<2>(sh.lut, w, lane4),
-                        levels<3>(sh.lut, w, lane4), bs[2 * s], bs[2 * s + 1]);
+                    mma(part[rt], Levels(sh.lut, words[rt][s], lane4).a, bs[2 * s], bs[2 * s + 1]);
                 }
 #pragma unroll
             for (int rt = 0; rt < 2; ++rt) {
@@ -350,26 +415,26 @@ __device__ inline void chunk(const Args& a, const Shared& sh, const char* stage,
 
 __device__ inline float& left(const Shared& sh, int i) { return *(float*)(sh.lut + i / 32 * LUT_STRIDE + 128 + i % 32 * 4); }
 
-// A warp's sums over its part of a tile, [32 rows][token_rows]; the parts of a warp and a tile are unique by their sum.
-__device__ inline void store_partial(const Args& a, const Shared& sh, int slot, float (&sums)[2][4], int lane) {
-    int to = slot * 32 * a.token_rows;
+// A warp's sums over its part of a tile, [32 rows][tokens]; the parts of a warp and a tile are unique by their sum.
+__device__ inline void store_partial(const Shared& sh, int slot, int tokens, float (&sums)[2][4], int lane) {
+    int to = slot * 32 * tokens;
     int g = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll
     for (int rt = 0; rt < 2; ++rt)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int col = column + (i & 1);
-            if (col < a.token_rows) left(sh, to + (16 * rt + g + 8 * (i >> 1)) * a.token_rows + col) = sums[rt][i];
+            if (col < tokens) left(sh, to + (16 * rt + g + 8 * (i >> 1)) * tokens + col) = sums[rt][i];
             sums[rt][i] = 0;
         }
 }
 
-__device__ inline float reduced(const Args& a, const Shared& sh, int width, int total, int tile, int row, int token) {
+__device__ inline float reduced(const Shared& sh, int width, int total, int tokens, int tile, int row, int token) {
     float sum = 0;
     int begin = tile * width, end = begin + width;
-    for (int w = 0; w < WARPS; ++w)
-        if (w * total / WARPS < end && (w + 1) * total / WARPS > begin && w * total / WARPS < (w + 1) * total / WARPS)
-            sum += left(sh, ((tile + w) * 32 + row) * a.token_rows + token);
+    for (int w = ((begin + 1) * WARPS - 1) / total; w < WARPS && w * total / WARPS < end; ++w)
+        if (w * total / WARPS < (w + 1) * total / WARPS)
+            sum += left(sh, ((tile + w) * 32 + row) * tokens + token);
     return sum;
 }
 
@@ -381,13 +446,14 @@ __device__ inline unsigned short to_bfloat16(float f) {
 
 __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& seg) {
     int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
-    int tokens = sh.job_count[seg.job];
+    int tokens = seg.tokens;
     const int rows = EPILOGUE == 2 ? 16 : 32;
-    for (int i = threadIdx.x; i < seg.count * rows * tokens; i += THREADS) {
-        int row = i % rows, tile = i / rows % seg.count, token = i / (rows * seg.count);
-        int pair = sh.pairs[sh.job_first[seg.job] + token], n = (seg.tile + tile) * rows + row;
+    for (int token = 0; token < tokens; ++token)
+    for (int i = threadIdx.x; i < seg.count * rows; i += THREADS) {
+        int row = i % rows, tile = i / rows;
+        int pair = sh.pairs[seg.job * TOKENS + token], n = (seg.tile + tile) * rows + row;
         if (n >= a.N) continue;
-        float y = reduced(a, sh, width, total, tile, row, token);
+        float y = reduced(sh, width, total, tokens, tile, row, token);
 #if EPILOGUE == 0
         if (a.splits == 1)
             ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y);
@@ -396,7 +462,7 @@ __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& se
 #elif EPILOGUE == 1
         ((float*)a.out)[((long long)seg.split * a.M + pair) * a.N + n] = y;
 #elif EPILOGUE == 2
-        float up = reduced(a, sh, width, total, tile, row + 16, token);
+        float up = reduced(sh, width, total, tokens, tile, row + 16, token);
         ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y / (1.0f + __expf(-y)) * up);
 #else
         int choice = pair % a.active * a.splits + seg.split;
@@ -416,10 +482,10 @@ __device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
     }
     __syncthreads();
     __threadfence();
-    int tokens = sh.job_count[seg.job];
+    int tokens = seg.tokens;
     for (int i = threadIdx.x; i < seg.count * 32 * tokens; i += THREADS) {
         int row = i % 32, tile = i / 32 % seg.count, token = i / (32 * seg.count);
-        int pair = sh.pairs[sh.job_first[seg.job] + token], n = (seg.tile + tile) * 32 + row;
+        int pair = sh.pairs[seg.job * TOKENS + token], n = (seg.tile + tile) * 32 + row;
         if (n >= a.N || !sh.last[tile]) continue;
         float sum = 0;
         for (int s = 0; s < a.splits; ++s) sum += __ldcg(a.parts + ((long long)s * a.M + pair) * a.N + n);
@@ -427,14 +493,20 @@ __device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
     }
 }
 
-// Every entry once for each lane; a warp reads 32 entries and hands them around.
-__device__ void fill_table(const Args& a, const Shared& sh, int lane, int warp) {
+// The tables come with the launch: nothing is read from memory before the ids are.
+__device__ void fill_tables(const Args& a, const Shared& sh, int lane, int warp) {
+#if SCALE_KIND != 2
     for (int first = warp * 32; first < 256; first += THREADS) {
-        u32 mine = a.lut[first + lane];
+        int byte = first + lane;
+        u32 mine = a.levels[byte >> 4] | a.levels[byte & 15] << 16;
 #pragma unroll
         for (int i = 0; i < 32; ++i)
             *(u32*)(sh.lut + (first + i) * LUT_STRIDE + lane * 4) = __shfl_sync(0xffffffff, mine, i);
     }
+#endif
+#if SCALE_KIND == 0
+    for (int i = threadIdx.x; i < 256; i += THREADS) sh.map[i] = a.map[i];
+#endif
 }
 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
@@ -448,14 +520,13 @@ __device__ inline Shared carve(const Args& a) {
     sh.ring = at, at += WARPS * a.stages * CHUNK_NBYTES;
     sh.x = at, at += ((a.chunks + a.splits - 1) / a.splits) * 512 * a.token_rows;
     sh.bars = (u64*)at, at += WARPS * a.stages * 8;
+    int jobs = a.ids == nullptr ? (a.M + TOKENS - 1) / TOKENS : a.M * a.active;
+    sh.job_matrix = (const char**)at, at += 8 * jobs;
     sh.map = (float*)at, at += SCALE_KIND == 0 ? 1024 : 0;
     sh.meta = (float2*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 16 : 0;
     sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.nested_span * 4 : 0;
-    int pairs = a.M * a.active, most = max(pairs, a.experts);
-    sh.pairs = (int*)at, at += 4 * most;
-    sh.job_expert = (int*)at, at += 4 * most;
-    sh.job_first = (int*)at, at += 4 * most;
-    sh.job_count = (int*)at, at += 4 * most;
+    sh.pairs = (int*)at, at += 4 * TOKENS * jobs;
+    sh.job_count = (int*)at, at += 4 * jobs;
     sh.last = (int*)at;
     return sh;
 }
@@ -469,26 +540,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+    const char* matrix = matrix_of_lane(a, lane);
+#if EPILOGUE != 2
+    int expert = expert_of_lane(a, lane);
+#endif
+    fill_tables(a, sh, lane, warp);
 #if EPILOGUE == 2
     wait_for_previous_kernel();  // the ids are its outputs; those of the kernels before it are there already
+    int expert = expert_of_lane(a, lane);
 #endif
-    int units = make_jobs(a, sh) * a.splits * a.tiles;
+    int units = make_jobs(a, sh, matrix, expert) * a.splits * a.tiles;
     int start = (long long)blockIdx.x * units / gridDim.x, stop = (long long)(blockIdx.x + 1) * units / gridDim.x;
-
-    // Weights never change: their first chunks are on their way before anything else is waited for.
+    if (start == stop) return;
+    // The little that is needed first goes ahead of the stream, in which it would wait for its turn.
+    Segment seg = segment_at(a, sh, start, stop);
+    load_nested(a, sh, seg);
+#if EPILOGUE == 2
+    load_x(a, sh, seg);
+#endif
     Stream ahead = {start, stop}, now = {start, stop};
     bool more = stream_segment(a, sh, ahead, warp);
-    for (int i = 0; i < a.stages && more; ++i) {
-        copy_chunk(ring + i * CHUNK_NBYTES, ahead.from, bars + i, lane);
-        stream_step(ahead);
-        if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
-    }
-    fill_table(a, sh, lane, warp);
-#if SCALE_KIND == 0
-    for (int i = threadIdx.x; i < 256; i += THREADS) sh.map[i] = a.map[i];
-#endif
+    // Weights never change, so the stream begins before the kernel ahead of this one has ended; but only with what
+    // memory delivers in the meantime: x would wait behind the rest.
+    int filled = 0;
+    auto fill = [&](int upto) {
+        for (; filled < upto && more; ++filled) {
+            copy_chunk(ring + filled * CHUNK_NBYTES, ahead.from, bars + filled, lane);
+            stream_step(ahead);
+            if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
+        }
+    };
+    fill(a.first_stages);
 #if EPILOGUE != 2
     wait_for_previous_kernel();
+    load_x(a, sh, seg);
 #endif
 
     u32 lane4 = lane * 4;
@@ -496,11 +581,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     u32 parity = 0;
     float sums[2][4] = {};
     for (int unit = start; unit < stop;) {
-        Segment seg = segment_at(a, unit, stop);
-        int x_lane = min(lane >> 2, sh.job_count[seg.job] - 1) * 64 + (lane & 3) * 16;
-        load_x(a, sh, seg);
-        load_nested(a, sh, seg);
+        if (unit > start) {
+            seg = segment_at(a, sh, unit, stop);
+            load_x(a, sh, seg);
+            load_nested(a, sh, seg);
+        }
+        int x_lane = min(lane >> 2, seg.tokens - 1) * 64 + (lane & 3) * 16;
+        wait_for_words();
         __syncthreads();
+        if (unit == start) fill(a.stages);
         int first = split_start(a, seg.split);
         now.unit = unit;
         now.stop = unit + seg.count;
@@ -508,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
             while (now.q < now.q_end) {
                 char* at = ring + stage * CHUNK_NBYTES;
                 barrier_wait(bars + stage, parity);
-                chunk(a, sh, at, now.tile, now.c, first + now.c, sums, lane, lane4, x_lane);
+                chunk(a, sh, at, now.tile, now.c, first + now.c, sums, lane, lane4, x_lane, seg.tokens);
                 __syncwarp();
                 if (more) {
                     copy_chunk(at, ahead.from, bars + stage, lane);
@@ -518,7 +607,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
                 if (++stage == a.stages) stage = 0, parity ^= 1;
                 int tile = now.tile;
                 stream_step(now);
-                if (now.tile != tile || now.q == now.q_end) store_partial(a, sh, tile + warp, sums, lane);
+                if (now.tile != tile || now.q == now.q_end) store_partial(sh, tile + warp, seg.tokens, sums, lane);
             }
         __syncthreads();
         write_outputs(a, sh, seg);

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.nf4_math import dynamic_map
+from minibble.quantize.tensors import Levels
 from minibble.runtime.kernels.nvrtc import Kernel
-from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, byte_levels, level_scale
+from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, level_scale
 
 TOKENS = 8  # in one pass over the weights
+FIRST_STAGES = 1
+MAX_STAGES = 4
+MAX_SPLITS = 4
+MAX_PARTS = 4  # matrices one under the other
 MAX_TOKENS = 64  # that the list of jobs has room for
 WARPS = (16, 12, 8)  # of a block: the most for which shared memory has room for two chunks each
 SEGMENT_TILES = 32
@@ -28,13 +33,19 @@ BFLOAT16, PARTS, GATE_UP, DOWN = range(4)
 
 class _Args(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("table", "ids", "weights", "x", "out", "lut", "map")),
+        *((name, ctypes.c_void_p) for name in ("table", "ids", "weights", "x", "out")),
         *((name, ctypes.c_int) for name in ("M", "active", "experts", "N", "K", "tiles", "chunks", "splits")),
-        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles")),
+        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles", "first_stages")),
         *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
         ("nested_span", ctypes.c_int),
         ("parts", ctypes.c_void_p),
         ("arrived", ctypes.c_void_p),
+        ("parts_count", ctypes.c_int),
+        ("interleaved", ctypes.c_int),
+        ("part_start", ctypes.c_int * MAX_PARTS),
+        ("part_nested", ctypes.c_int * MAX_PARTS),
+        ("levels", ctypes.c_uint16 * 16),
+        ("map", ctypes.c_float * 256),
         ("unscale", ctypes.c_float),
     ]  # fmt: skip
 
@@ -69,36 +80,46 @@ def launch(
     assert out.is_contiguous() and M <= MAX_TOKENS and table.numel() <= 32 * WARPS[-1]
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
     device = x.device
-    shape = _shape(layout, min(TOKENS, M), splits, max(M * active, table.numel()), _shared_limit(device.index))
+    lists = _lists_nbytes(M, active, 0 if ids is None else table.numel())
+    shape = _shape(layout, min(TOKENS, M), splits, lists, _shared_limit(device.index))
+    assert shape.stages >= 1, f"{layout.K} columns of {M} tokens do not fit into shared memory: take more splits"
     parts = arrived = table  # not looked at where nothing is split among blocks and put together again
     if epilogue == BFLOAT16 and splits > 1:
         parts = torch.empty(splits, M, layout.N, device=device)
         arrived = _zeros(-(-M // TOKENS) * layout.tiles, device)
     args = _Args(
         *(None if t is None else t.data_ptr() for t in (table, ids, weights, x, out)),
-        byte_levels_on(layout.levels, device).data_ptr(),
-        dynamic_map(device).data_ptr(),
         M, active, table.numel(),
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
-        min(TOKENS, M), shape.stages, shape.segment_tiles,
+        min(TOKENS, M), shape.stages, shape.segment_tiles, min(shape.stages, FIRST_STAGES),
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
-        parts.data_ptr(), arrived.data_ptr(),
-        1 / level_scale(layout.levels),
+        parts.data_ptr(), arrived.data_ptr(), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
     kernel = _kernel(shape.warps, kind, layout.scale_columns, epilogue)
     kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
 
-def best_splits(tiles: int, device: torch.device, most: int = 4) -> int:
-    """Into how many parts of K to cut a matrix of `tiles` so that its work divides well among the processors."""
-    count = _processors(device.index)
+@cache
+def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1, experts: int = 0) -> int:
+    """Into how many parts of K to cut the matrix, so that its work divides well and tokens fit into shared memory.
 
-    def idle(splits: int) -> float:
-        units = tiles * splits
-        return -(-units // count) * count / units
+    `active` of `experts` are chosen for each token; 0 for a matrix that takes all.
+    """
+    processors, limit, rows = _processors(device.index), _shared_limit(device.index), min(TOKENS, M)
+    units = layout.tiles * (active if experts else -(-M // TOKENS))
+    found: list[tuple[bool, float, int]] = []
+    for splits in range(1, min(layout.chunks, MAX_SPLITS) + 1):
+        shape = _shape(layout, rows, splits, _lists_nbytes(M, active, experts), limit)
+        idle = -(-units * splits // processors) * processors / (units * splits)
+        found.append((shape.stages < 2, round(idle, 1), splits))
+    return min(found)[2]
 
-    return min(range(1, most + 1), key=lambda splits: (round(idle(splits), 1), splits))
+
+def _lists_nbytes(M: int, active: int, experts: int) -> int:
+    """Of the lists of jobs in shared memory."""
+    jobs = M * active if experts else -(-M // TOKENS)
+    return 4 * ((TOKENS + 3) * jobs + (jobs + experts if experts else 0))
 
 
 @dataclass(frozen=True)
@@ -112,19 +133,17 @@ class _Shape:
 
 
 @cache
-def _shape(layout: TileLayout, token_rows: int, splits: int, pairs: int, limit: int) -> _Shape:
-    shapes = [_with_warps(warps, layout, token_rows, splits, pairs, limit) for warps in WARPS]
-    shape = next((one for one in shapes if one.stages >= 2), shapes[-1])
-    assert shape.stages >= 1, f"{layout.K} columns of {token_rows} tokens do not fit into shared memory"
-    return shape
+def _shape(layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
+    shapes = [_with_warps(warps, layout, token_rows, splits, lists, limit) for warps in WARPS]
+    return next((one for one in shapes if one.stages >= 2), shapes[-1])
 
 
-def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, pairs: int, limit: int) -> _Shape:
+def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
     segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - warps)
-    fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + 16 * max(pairs, 1) + 4 * segment
+    fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + lists + 4 * segment
     if layout.nested:
         fixed += 1024 + segment * (16 + 8 * _nested_span(layout))
-    stages = min((limit - fixed) // (warps * (layout.chunk_nbytes + 8)), 16)
+    stages = min((limit - fixed) // (warps * (layout.chunk_nbytes + 8)), MAX_STAGES)
     return _Shape(warps, stages, segment, fixed + stages * warps * (layout.chunk_nbytes + 8))
 
 
@@ -132,6 +151,16 @@ def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, pa
 def _zeros(count: int, device: torch.device) -> Tensor:
     """Counters that every launch leaves as it found them."""
     return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+@cache
+def _parts(layout: TileLayout) -> tuple[Any, ...]:
+    """Of the matrices that make up one: their number, whether they alternate, and where each begins."""
+    rows, counts = layout.part_rows, layout.nested_counts
+    assert len(rows) <= MAX_PARTS, f"{len(rows)} matrices in one"
+    array = ctypes.c_int * MAX_PARTS
+    starts = (sum(-(-n // 16) for n in rows[:i]) for i in range(len(rows)))
+    return len(rows), int(layout.interleaved), array(*starts), array(*(sum(counts[:i]) for i in range(len(rows))))
 
 
 def _nested_span(layout: TileLayout) -> int:
@@ -148,9 +177,12 @@ def _kernel(warps: int, scale_kind: int, scale_columns: int, epilogue: int) -> K
 
 
 @cache
-def byte_levels_on(levels: Any, device: torch.device) -> Tensor:
-    """The table of `tiles.byte_levels`, kept on `device`."""
-    return byte_levels(levels, device)
+def _tables(levels: Levels) -> tuple[Any, ...]:
+    """The kernel's levels as bfloat16 bits, the first-level table of double quantization, and what scales take."""
+    bits = kernel_levels(levels).bfloat16().view(torch.int16).tolist()
+    unscale = 1 / level_scale(levels)
+    scaled = (dynamic_map() * unscale).tolist()
+    return (ctypes.c_uint16 * 16)(*(b & 0xFFFF for b in bits)), (ctypes.c_float * 256)(*scaled), unscale
 
 
 @cache

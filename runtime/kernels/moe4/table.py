@@ -1,0 +1,97 @@
+"""The experts of a layer on CUDA: a record for each, and a table that says where each one lies.
+
+Axes: M tokens, A experts chosen for each, D hidden, F expert hidden, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.formats import Format
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.kernels.linear4 import cuda, skinny, tile
+from minibble.runtime.kernels.tiles import TileLayout, pack
+
+FEW = 64  # tokens up to which the kernel for few of them is the quicker
+
+
+class ExpertTable:
+    """Experts in the kernels' layout: in a record gate and up [2F, D], their rows alternating by 16, then down [D, F].
+
+    `records` is uint8 [E, record_nbytes]; `addresses`, int64 [E] on the same device, is all that kernels see of it.
+    """
+
+    @classmethod
+    def empty(
+        cls, experts: int, D: int, F: int, format: Format, dtype: torch.dtype, device: torch.device
+    ) -> "ExpertTable | None":
+        """Room for experts in `format`; None where the fused kernels cannot take them or activations of `dtype`."""
+        if device.type != "cuda" or not cuda.fused(dtype):
+            return None
+        kind = format.levels, format.block_size, bool(getattr(format, "double_quant", False))
+        gate_up, down = TileLayout.make((F, F), D, *kind, True), TileLayout.make((D,), F, *kind)
+        return None if gate_up is None or down is None else cls(experts, gate_up, down, device)
+
+    def __init__(self, experts: int, gate_up: TileLayout, down: TileLayout, device: torch.device):
+        self.gate_up, self.down = gate_up, down
+        self.records = torch.empty(experts, gate_up.nbytes + down.nbytes, dtype=torch.uint8, device=device)
+        first, step = self.records.data_ptr(), self.records.stride(0)
+        self.addresses = torch.arange(first, first + experts * step, step, device=device)[:experts]
+
+    @property
+    def nbytes(self) -> int:
+        return self.records.nbytes
+
+    def put(self, expert: int, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
+        """Lay out gate and up of `expert`, [F, D] each, or its down, [D, F]; `parts` lie on any device."""
+        layout, record, start = self.down, self.records[expert], self.gate_up.nbytes
+        place = record[start:]
+        if kind == "gate_up":
+            layout, place = self.gate_up, record[:start]
+        pack([q.to(self.records.device) for q in parts], layout, place)
+
+    def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, [M, D] in the dtype of x."""
+        x = x_MD.to(torch.bfloat16).contiguous()
+        if len(x) <= FEW:
+            return self.decode(x, ids_MA.int(), weights_MA).sum(0).to(x_MD.dtype)
+        if tile.available(x.device):
+            start = self.gate_up.nbytes
+            return tile.experts(x, ids_MA, weights_MA, self.addresses, self.gate_up, self.down, start, x_MD.dtype)
+        return self._one_by_one(x, ids_MA, weights_MA).to(x_MD.dtype)
+
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+        """Parts whose sum is that of each token's experts, float32 [A * S, M, D], of up to FEW tokens.
+
+        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Nothing waits for the device.
+        """
+        (M, A), device = ids_MA.shape, y_MD.device
+        if not M:
+            return torch.zeros(1, 0, self.down.N, device=device)
+        h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
+        gate_up = skinny.Operand(self.gate_up, self.addresses)
+        skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA.contiguous())
+        splits = skinny.splits_for(self.down, M, device, A, len(self.addresses))
+        parts = torch.empty(A * splits, M, self.down.N, device=device)
+        down = skinny.Operand(self.down, self.addresses, self.gate_up.nbytes)
+        skinny.launch(
+            down, skinny.DOWN, h, parts, ids=ids_MA.contiguous(), weights=weights_MA.contiguous(), splits=splits
+        )
+        return parts
+
+    def _one_by_one(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+        """Many tokens before Hopper: the experts one after the other, decoded and multiplied by cuBLAS."""
+        out = torch.zeros(x_MD.shape, device=x_MD.device)
+        pairs, offsets = tile.sort_pairs(ids_MA, len(self.records))
+        for expert, (first, last) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
+            if first == last:
+                continue
+            chosen = pairs[first:last]
+            tokens, record = chosen // ids_MA.shape[1], self.records[expert]
+            both = tile.linear_decoded(x_MD[tokens], record, self.gate_up).view(last - first, -1, 2, 16)
+            h = torch.nn.functional.silu(both[:, :, 0]) * both[:, :, 1]
+            y = tile.linear_decoded(h.flatten(1), record[self.gate_up.nbytes :], self.down, torch.float32)
+            out.index_add_(0, tokens, y * weights_MA.reshape(-1)[chosen, None])
+        return out
