@@ -1,5 +1,7 @@
 """Layers of the released size with random 4-bit weights, made on the GPU: no file of this size is needed."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
 from minibble.runtime.layout import by_module
-from minibble.runtime.loading import _fill
+from minibble.runtime.loading import _expert_tables, _fill
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.state import HybridState
 
@@ -30,14 +32,32 @@ def real_config(pattern: tuple[int, ...] = PATTERN, **overrides: object) -> Mode
     return ModelConfig.from_dict(raw | overrides)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What loading asks of a checkpoint before it reads any tensor."""
+
+    config: ModelConfig
+    inventory: tuple[TensorSpec, ...]
+    format: Format
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """Names of the 4-bit matrices."""
+        return frozenset(spec.name for spec in self.inventory if spec.role in quantized_roles())
+
+
 def random_model(config: ModelConfig, format: Format, device: torch.device, seed: int = 0) -> MiniMaxForCausalLM:
     """A model with random weights in `format`, the same for the same `seed`, with activations in bfloat16."""
     model = MiniMaxForCausalLM(config, torch.bfloat16)
     generator = generator_on(device, seed)
-    specs = {spec.name: spec for spec in inventory(config)}
+    source = _Source(config, inventory(config), format)
+    specs = {spec.name: spec for spec in source.inventory}
+    tables = _expert_tables(model, source, device)  # type: ignore[arg-type]
     for module, names in by_module(config):
         chosen = [specs[name] for name in names]
-        _fill(model, module, chosen, [_part(spec, format, device, generator) for spec in chosen], device)
+        _fill(model, module, chosen, [_part(spec, format, device, generator) for spec in chosen], device, tables)
+    for moe, table in tables.items():
+        moe.set_packed(table)
     return model.eval().requires_grad_(False)  # type: ignore[return-value]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minibble.quantize.errors import ConfigError
 from minibble.quantize.formats import Format
 from minibble.quantize.nf4_math import decode
 from minibble.quantize.tensors import QuantizedTensor
@@ -54,9 +55,9 @@ def measure(
     result: dict[str, Any] = {"sizes": asdict(sizes), "expert_nbytes": {}, "rows": rows, "missing": {}}
     for name, format in formats.items():
         experts = [_expert(sizes, format, device, generator) for _ in range(sizes.E)]
-        nbytes = sum(q.nbytes for q in experts[0])
+        table, nbytes = expert_table(experts, sizes, format), sum(q.nbytes for q in experts[0])
         expected = _expected(experts, xs, {M: routings[M][0] for M in tokens})
-        for kernel, calls, bound in _kernels(name, experts, xs, routings, result["missing"]):
+        for kernel, calls, bound in _kernels(name, table, experts, xs, routings, result["missing"]):
             result["expert_nbytes"][kernel] = nbytes
             for M, row in zip(tokens, rows, strict=True):
                 tell(f"moe4 {kernel}, M = {M}")
@@ -114,6 +115,7 @@ def _summed(call: Callable[[], Tensor]) -> Tensor:
 
 def _kernels(
     name: str,
+    table: Any,
     experts: Sequence[Expert],
     xs: Mapping[int, Tensor],
     routings: Mapping[int, list[Routing]],
@@ -123,7 +125,6 @@ def _kernels(
 
     Theirs go expert by expert and are told which tokens each expert has: without that they would wait for the host.
     """
-    table = expert_table(experts)
 
     def ours(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return table.decode(x, ids, weights)
@@ -141,8 +142,17 @@ def _kernels(
         yield peer, {M: [peers.routed(whole, x, *r) for r in routings[M]] for M, x in xs.items()}, PEER_BOUND
 
 
-def expert_table(experts: Sequence[Expert]) -> Any:
+def expert_table(experts: Sequence[Expert], sizes: Sizes, format: Format) -> Any:
     """The experts as the model holds them on a GPU."""
-    from minibble.runtime.kernels.moe4 import ExpertTable
+    from minibble.runtime.kernels.moe4.table import ExpertTable
 
-    return ExpertTable.of(experts)
+    device = experts[0][0].device
+    table = ExpertTable.empty(sizes.E, sizes.D, sizes.F, format, torch.bfloat16, device)
+    if table is None:
+        raise ConfigError(
+            "the fused kernels cannot run here: they are compiled by NVRTC, which comes with torch's CUDA"
+        )
+    for index, (gate, up, down) in enumerate(experts):
+        table.put(index, "gate_up", [gate, up])
+        table.put(index, "down", [down])
+    return table

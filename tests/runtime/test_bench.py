@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 class PlainTable:
     """What stands in for the table of records, which is for GPUs: float32, each token's experts one after the other."""
 
-    def __init__(self, experts: Sequence[moe.Expert]):
+    def __init__(self, experts: Sequence[moe.Expert], *rest: Any):
         self.experts = [[decode(q) for q in expert] for expert in experts]
 
     def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
