@@ -9,6 +9,9 @@ from minibble.runtime.kernels.compiled import available
 from minibble.runtime.kernels.lightning import blocked, reference
 from minibble.runtime.kernels.norm import rms_norm
 
+MAX_HEAD_DIM = 128  # a head's state lies in the registers of one block of threads
+MAX_DECODE = 4096  # sequences, one counter each
+
 
 def lightning(
     q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, slope_H: Tensor, state_BHKK: Tensor, valid_BT: Tensor | None = None
@@ -30,14 +33,18 @@ def lightning(
 def gated(
     projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, norm_HK: Tensor, eps: float, valid_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """rmsnorm(lightning(silu(q, k, v))) * sigmoid(gate), float32 [B, T, HK], and the state after the last token.
+    """rmsnorm(lightning(silu(q, k, v))) * sigmoid(gate), [B, T, HK], and the state after the last token.
 
     `projected_BTP` holds, head by head, q, k and v of every token, and then the gate: P = 4 HK. `norm_HK` is the
-    norm's weight, over all heads. `state_BHKK` may be overwritten; use the one returned.
+    norm's weight, over all heads. `state_BHKK` may be overwritten; use the one returned. The output is float32, but
+    bfloat16 from the CUDA kernels, which take bfloat16 without gradients; they update a contiguous state in place.
     """
     B, T, P = projected_BTP.shape
     H, K = state_BHKK.shape[1:3]
     assert P == 4 * H * K
+    if _fused(projected_BTP, slope_H, state_BHKK, norm_HK):
+        state_BHKK = state_BHKK.contiguous()
+        return _gated_on_cuda(projected_BTP.contiguous(), slope_H, state_BHKK, norm_HK, eps, valid_BT), state_BHKK
     one = T == 1 and valid_BT is None and not torch.is_grad_enabled()
     if one and not projected_BTP.is_cuda and available() and not reference_forced():
         from minibble.runtime.kernels.lightning import compiled
@@ -52,3 +59,27 @@ def gated(
     o_BTHK, state_BHKK = lightning(q, k, v, slope_H, state_BHKK, valid_BT)
     o = rms_norm(o_BTHK.reshape(B, T, H * K), norm_HK, eps)
     return o * torch.sigmoid(projected_BTP[..., 3 * H * K :].float()), state_BHKK
+
+
+def _fused(projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, norm_HK: Tensor) -> bool:
+    """True where the CUDA kernels can do it."""
+    if not projected_BTP.is_cuda or projected_BTP.dtype != torch.bfloat16 or reference_forced():
+        return False
+    inputs = (projected_BTP, slope_H, state_BHKK, norm_HK)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return False
+    return state_BHKK.shape[2] <= MAX_HEAD_DIM and projected_BTP.shape[1] > 0
+
+
+def _gated_on_cuda(
+    projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, norm_HK: Tensor, eps: float, valid_BT: Tensor | None
+) -> Tensor:
+    B, T, P = projected_BTP.shape
+    if T == 1 and valid_BT is None and B <= MAX_DECODE:
+        from minibble.runtime.kernels.lightning.decode import decode
+
+        return decode(projected_BTP.view(B, P), slope_H, state_BHKK, norm_HK, eps).unsqueeze(1)
+    from minibble.runtime.kernels.lightning.prefill import prefill
+
+    processors = torch.cuda.get_device_properties(projected_BTP.device).multi_processor_count
+    return prefill(projected_BTP, slope_H, state_BHKK, norm_HK, eps, valid_BT, processors)
