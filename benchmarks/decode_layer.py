@@ -98,7 +98,7 @@ def _without_layers_us(model: MiniMaxForCausalLM, batch: int, context: int) -> f
 def _profile(model: MiniMaxForCausalLM, batch: int, context: int) -> dict[str, float]:
     state = random_state(model, batch, context)
     inputs = step_inputs(model, torch.arange(batch, device=model.device), state)
-    return kernel_times_us(lambda: decode_step(model, inputs, state))
+    return kernel_times_us(lambda: decode_step(model, inputs, state), len(PATTERN))
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -78,7 +78,7 @@ def measure(device: torch.device, tokens: int, chunks: list[int], pattern: tuple
             model.prefill_chunk = chunk
             elapsed_s = seconds(model, tokens)
             rows.append({"chunk": chunk} | figures(elapsed_s, tokens, len(pattern), sum(flops.values()), ceilings))
-        profiled = kernel_times_us(lambda model=model: _prefill(model, tokens))
+        profiled = kernel_times_us(lambda model=model: _prefill(model, tokens), len(pattern))
         result["formats"][name] = {"errors": errors, "rows": rows, "kernels_us": profiled}
         del model
         torch.cuda.empty_cache()

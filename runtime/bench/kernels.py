@@ -44,6 +44,7 @@ def measure(device: torch.device, *, quick: bool = False, progress: Progress | N
             "ceilings": ceilings,
             "bounds": {"ours": BOUND, "peers": PEER_BOUND},
             "quick": quick,
+            "formats": list(FORMATS),
             "linear4": linear.measure(FORMATS, linear_tokens, device, read, tell),
         }
         torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ def linear4(result: Mapping[str, Any]) -> Table:
 def moe4(result: Mapping[str, Any]) -> Table:
     """Microseconds and share of every kernel at every M, and how long one expert takes beside one token's."""
     part = result["moe4"]
-    ours = [kernel for kernel in part["expert_nbytes"] if kernel in result["linear4"]["nbytes"]]
+    ours = result["formats"]
     head = ["M", "experts read", *part["expert_nbytes"], *(f"{kernel}, an expert over M = 1" for kernel in ours)]
     first = part["rows"][0]["kernels"]
     return head, [

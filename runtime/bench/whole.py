@@ -1,5 +1,7 @@
 """Whole layers: are they right, and where does their time go. B batch, T tokens, V vocabulary."""
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -71,14 +73,35 @@ def _error(what: str, found: Tensor, expected: Tensor) -> float:
     return float(f"{float(errors.median()):.3g}")
 
 
-def kernel_times_us(call: Callable[[], Any]) -> dict[str, float]:
-    """Microseconds on the GPU of one `call`, by the kernel's name, longest first."""
+def kernel_times_us(call: Callable[[], Any], layers: int) -> dict[str, float]:
+    """Microseconds on the GPU of one `call`, by the kernel's name, longest first.
+
+    A kernel that every one of `layers` launches several times is told apart by its place in the layer.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        warnings.simplefilter("ignore")
         call()
         torch.cuda.synchronize()
-    times = {event.key[:80]: event.self_device_time_total for event in profiled.key_averages()}
-    return {name: round(us, 1) for name, us in sorted(times.items(), key=lambda item: -item[1]) if us > 0}
+    found = [event for event in profiled.events() if event.self_device_time_total > 0]
+    launches = [(event.name[:80], event.self_device_time_total) for event in sorted(found, key=_start)]
+    return _summed(launches, layers)
+
+
+def _start(event: Any) -> float:
+    return event.time_range.start
+
+
+def _summed(launches: list[tuple[str, float]], layers: int) -> dict[str, float]:
+    """Microseconds by name, and by place where a name comes several times in each of `layers`; longest first."""
+    counts, seen = Counter(name for name, _ in launches), Counter[str]()
+    times: dict[str, float] = {}
+    for name, us in launches:
+        each, rest = divmod(counts[name], layers)
+        key = name if rest or each < 2 else f"{name} ({seen[name] % each + 1} of {each} in a layer)"
+        seen[name] += 1
+        times[key] = times.get(key, 0.0) + us
+    return {key: round(us, 1) for key, us in sorted(times.items(), key=lambda item: -item[1])}

@@ -89,10 +89,23 @@ def test_which_kernels_are_chosen_is_put_back(monkeypatch: pytest.MonkeyPatch) -
     assert "MINIBBLE_KERNELS" not in os.environ
 
 
+def test_times_of_kernels_by_their_place_in_a_layer() -> None:
+    launches = (
+        [("product", 1.0), ("norm", 0.5), ("product", 3.0)] * 2 + [("head", 9.0), ("odd", 1.0)] + [("odd", 1.0)] * 2
+    )
+    assert list(whole._summed(launches, layers=2).items()) == [
+        ("head", 9.0),
+        ("product (2 of 2 in a layer)", 6.0),
+        ("odd", 3.0),
+        ("product (1 of 2 in a layer)", 2.0),
+        ("norm", 1.0),
+    ]
+
+
 def test_decode_layer(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("decode_layer")
     monkeypatch.setattr(module, "real_config", lambda pattern=layers.PATTERN: small_config(pattern))
-    monkeypatch.setattr(module, "kernel_times_us", lambda call: {"a kernel": 1.0})
+    monkeypatch.setattr(module, "kernel_times_us", lambda call, count: {"a kernel": 1.0})
     times: list[float] = []
 
     def graph_us(calls: Any) -> float:
@@ -114,7 +127,7 @@ def test_decode_layer(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prefill_layers(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("prefill_layers")
     monkeypatch.setattr(module, "real_config", lambda pattern=layers.PATTERN: small_config(pattern))
-    monkeypatch.setattr(module, "kernel_times_us", lambda call: {"a kernel": 1.0})
+    monkeypatch.setattr(module, "kernel_times_us", lambda call, count: {"a kernel": 1.0})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with torch.inference_mode():
         result = module.measure(CPU, 24, [8, 24], (0, 1))

@@ -18,7 +18,7 @@ def kernels() -> dict[str, Any]:
     missing = {"bitsandbytes NF4-DQ": "ModuleNotFoundError: No module named 'bitsandbytes'"}
     return {
         "hardware": HARDWARE, "versions": {"torch": "2.11.0"}, "ceilings": CEILINGS,
-        "bounds": {"ours": 3e-3, "peers": 1e-2}, "quick": True,
+        "bounds": {"ours": 3e-3, "peers": 1e-2}, "quick": True, "formats": ["nf4-dq"],
         "linear4": {
             "shape": [9216, 6144], "nbytes": {"nf4-dq": 29196288, "cuBLAS bf16": 113246208}, "missing": missing,
             "rows": [

@@ -236,7 +236,8 @@ def test_tables_from_the_json(clock: list[int]) -> None:
     assert rows[0][1] == f"10.0 ({share:.0%})" and rows[1][1] == "10.0"
     head, rows = tables.moe4(result)
     assert head[:2] == ["M", "experts read"] and rows[0][1] == "2"
-    assert rows[0][head.index("nf4-dq, an expert over M = 1")] == "1.00"
+    assert head[-2:] == ["nf4-dq, an expert over M = 1", "int4-g128, an expert over M = 1"]
+    assert rows[0][-2:] == ["1.00", "1.00"]
     assert len(tables.missing(result)) == 1
     text = "\n".join(tables.lines(result))
     assert "A GPU: reads 2 GB/s" in text and f"not measured: {peers.TORCH_INT4}" in text
@@ -245,6 +246,7 @@ def test_tables_from_the_json(clock: list[int]) -> None:
 def full_result() -> dict[str, Any]:
     return {
         "hardware": {"gpu": "A GPU"},
+        "formats": list(FORMATS),
         "ceilings": {"read_GB_per_s": 2.0, "bf16_TFLOP_per_s": 3.0},
         "linear4": measured_linear((1, 128)),
         "moe4": measured_moe((1, 16)),
