@@ -98,7 +98,7 @@ class Decoder:
             return "gradients are enabled"
         if ids_B1.shape[0] > self.max_batch:
             return f"more than {self.max_batch} sequences"
-        if not state.suits(ids_B1.shape[0], model.device, model.dtype):
+        if not self._knows(state, ids_B1) and not state.suits(ids_B1.shape[0], model.device, model.dtype):
             return "a state of another batch, device or dtype"
         return None
 
@@ -112,10 +112,10 @@ class Decoder:
     ) -> Tensor:
         past = state.length
         state.make_room(1)
+        if not self._knows(state, ids_B1):
+            state.bound = Bound(self, model, state, ids_B1.shape[0])
+            self._bound.add(state.bound)
         bound = state.bound
-        if not isinstance(bound, Bound) or bound.decoder() is not self:
-            state.bound = bound = Bound(self, model, state, ids_B1.shape[0])
-            self._bound.add(bound)
         self._steps += 1
         bound.used = self._steps
         with _beside(model.device):
@@ -126,6 +126,11 @@ class Decoder:
             logits = bound.run(model, state)
         state.advance(1, bound.valid)
         return logits.clone()[:, None]  # the next replay writes to the same place
+
+    def _knows(self, state: HybridState, ids_B1: Tensor) -> bool:
+        """True if the state's tensors are those of an earlier step."""
+        bound = state.bound
+        return isinstance(bound, Bound) and bound.decoder() is self and bound.inputs.ids.shape == ids_B1.shape[:1]
 
     def _may_capture(self, model: "MiniMaxForCausalLM") -> bool:
         """True if there may be one more graph; the one unused the longest goes for it if it is idle."""
