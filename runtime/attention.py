@@ -35,6 +35,7 @@ class Context:
     valid_BT: Tensor | None  # False at padding among the new tokens; None where there is none
     mask: Tensor | None  # bool [B, 1, T, L], what each token may see; None where causality says it all
     state: HybridState | None
+    starts: tuple[int, ...] | None = None  # instead of the mask: where each sequence begins after padding on the left
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,10 @@ class SoftmaxAttention(nn.Module):
         B, T, _ = projected.shape
         fused = projected.is_cuda and not torch.is_grad_enabled() and not reference_forced()
         q, k, v = (self._heads_at_once if fused else self._heads)(projected, context)
-        o = attend(q, k, v, context.mask)
+        if context.starts is not None:
+            o = attend_from(context.starts, q, k, v)
+        else:
+            o = attend(q, k, v, context.mask)
         return o.transpose(1, 2).reshape(B, T, self.heads * self.head_dim)
 
     def _heads(self, projected: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,6 +201,21 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, mask: Tensor | None) 
         return F.scaled_dot_product_attention(
             q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
         )
+
+
+def attend_from(starts: tuple[int, ...], q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor) -> Tensor:
+    """As `attend`, each sequence from its start on, without a mask; 0 for the tokens before.
+
+    FlashAttention takes no mask, and the others want the keys and values repeated for every query head.
+    """
+    past = k_BGLK.shape[2] - q_BHTK.shape[2]
+    o_BHTK = torch.zeros_like(q_BHTK)
+    for row, start in enumerate(starts):
+        one, real = slice(row, row + 1), slice(max(start - past, 0), None)
+        q = q_BHTK[one, :, real]
+        if q.shape[2]:
+            o_BHTK[one, :, real] = attend(q, k_BGLK[one, :, start:], v_BGLK[one, :, start:], None)
+    return o_BHTK
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:

@@ -39,3 +39,14 @@ def visible(mask: Tensor | None, past: int, tokens: int, device: torch.device) -
     position = torch.arange(past + tokens, device=device)
     itself = position == position[past:, None]
     return ((causal(tokens, past + tokens, device) & mask[:, None, :]) | itself)[:, None]
+
+
+def left_padding(mask: Tensor) -> tuple[int, ...] | None:
+    """Where each sequence of `mask` [B, L] begins, if that is all it says; None if there is padding elsewhere.
+
+    Waits for the device.
+    """
+    first = mask.int().argmax(1)
+    plain = mask.sum(1) == mask.shape[1] - first
+    *starts, all_plain = torch.cat((first, plain.all()[None])).tolist()
+    return tuple(starts) if all_plain else None

@@ -19,7 +19,7 @@ from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
 from minibble.runtime.layers import Embedding, Linear, RMSNorm, residual
 from minibble.runtime.layout import layout
-from minibble.runtime.masks import attention_mask_2d, visible
+from minibble.runtime.masks import attention_mask_2d, left_padding, visible
 from minibble.runtime.moe import MoE
 from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan, plan_memory
 from minibble.runtime.state import HybridState
@@ -170,11 +170,13 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         past, T = (0 if state is None else state.length), ids.shape[1]
         cos, sin = rotations(self.minibble, positions)
         valid = None if mask is None else mask[:, past:]
-        context = Context(cos, sin, valid, visible(mask, past, T, ids.device), state)
         h = self.embedding(ids)
         if h.is_cuda and not torch.is_grad_enabled() and not reference_forced():
-            h = self._layers_at_once(h, context)
+            starts = None if mask is None else left_padding(mask)
+            seen = None if starts is not None else visible(mask, past, T, ids.device)
+            h = self._layers_at_once(h, Context(cos, sin, valid, seen, state, starts))
         else:
+            context = Context(cos, sin, valid, visible(mask, past, T, ids.device), state)
             for layer in self.layers:
                 h = layer(h, context)
             h = self.norm(h).to(h.dtype)
