@@ -55,8 +55,8 @@ def kernels() -> list[str]:
             f"measured. Microseconds a call (share of the reading bandwidth), medians of CUDA graphs over weights "
             f"rotated past the L2 cache, errors at most {r['bounds']['ours']:.0e} against float64. "
         )
-        left_out = " ".join(f"{line[0].upper()}{line[1:]}." for line in tables.missing(r))
-        linear = f"One matrix, {K} to {N}, M tokens, bfloat16. {left_out}"
+        left_out = "".join(f" {line[0].upper()}{line[1:]}." for line in tables.missing(r))
+        linear = f"One matrix, {K} to {N}, M tokens, bfloat16.{left_out}"
         moe = (
             f"{sizes['A']} of {sizes['E']} experts of {sizes['D']} x {sizes['F']} for each of M tokens; the last "
             "columns are the time for each expert whose weights are read, as a multiple of that at M = 1. Peers go "

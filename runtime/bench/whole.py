@@ -82,10 +82,11 @@ def kernel_times_us(call: Callable[[], Any], layers: int) -> dict[str, float]:
 
     call()
     torch.cuda.synchronize()
-    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        warnings.simplefilter("ignore")
-        call()
-        torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's, of cycles that there are none of
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            call()
+            torch.cuda.synchronize()
     found = [event for event in profiled.events() if event.self_device_time_total > 0]
     launches = [(event.name[:80], event.self_device_time_total) for event in sorted(found, key=_start)]
     return _summed(launches, layers)
