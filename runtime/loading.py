@@ -82,9 +82,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
-def _expert_tables(
-    model: MiniMaxForCausalLM, checkpoint: Checkpoint, device: torch.device
-) -> "dict[MoE, ExpertTable]":
+def _expert_tables(model: MiniMaxForCausalLM, checkpoint: Checkpoint, device: torch.device) -> "dict[MoE, ExpertTable]":
     """Room for the experts of the layers whose experts are all 4-bit, where kernels for their records run."""
     config, format = checkpoint.config, checkpoint.format
     if device.type != "cuda" or format is None:

@@ -1,7 +1,8 @@
 """What running a model takes on its device, decided before anything is allocated: pure arithmetic.
 
-The workspace counts the largest things alive at once on the paths of `runtime/kernels/`: on CUDA a decoded matrix
-with its products, or the float32 work of lightning attention, whichever is more.
+The workspace counts the largest things alive at once on the paths of `runtime/kernels/`: a decoded matrix with its
+products, or the float32 work of lightning attention, whichever is more; where fused kernels run, the projections of
+attention or what the routed experts receive and give.
 """
 
 from collections.abc import Iterable
@@ -16,9 +17,11 @@ from minibble.quantize.formats import Format
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import kv_cache_bytes, state_bytes
-from minibble.runtime.layout import layout
+from minibble.runtime.kernels.tiles import TileLayout, usable
+from minibble.runtime.layout import by_module
 
 PREFILL_CHUNK = 1024  # tokens that go through the layers at a time
+TILE_NBYTES = 18 << 20  # sums that blocks of the kernel for many tokens hand to each other, on 132 processors
 CUBLAS_NBYTES = 32 << 20  # what cuBLAS takes for itself on Hopper through torch's allocator
 
 
@@ -90,11 +93,26 @@ def plan_memory(
 
 def weights_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes that all weights take once loaded."""
-    places = layout(source.config)
-    rows = {place.module: place.stop for place in places.values()}  # of a module: where its last tensor ends
-    return sum(
-        resident_nbytes(spec, source, device, dtype, rows[places[spec.name].module]) for spec in source.inventory
-    )
+    specs = {spec.name: spec for spec in source.inventory}
+    modules = ([specs[name] for name in names] for _, names in by_module(source.config))
+    return sum(module_nbytes(module, source, device, dtype) for module in modules)
+
+
+def module_nbytes(specs: list[TensorSpec], source: Source, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that the matrix takes whose rows are those of `specs`, one under the other."""
+    packed = specs[0].role != "embedding" and all(spec.name in source.quantized for spec in specs)
+    if packed and device.type == "cuda" and usable(dtype) and source.format is not None:
+        tiles = _kernel_layout(specs, source.format)
+        if tiles is not None:
+            return tiles.nbytes
+    rows = sum(spec.shape[0] for spec in specs)
+    return sum(resident_nbytes(spec, source, device, dtype, rows) for spec in specs)
+
+
+def _kernel_layout(specs: list[TensorSpec], format: Format) -> TileLayout | None:
+    nested = bool(getattr(format, "double_quant", False))
+    rows, interleaved = tuple(spec.shape[0] for spec in specs), specs[0].expert is not None and len(specs) > 1
+    return TileLayout.make(rows, specs[0].shape[1], format.levels, format.block_size, nested, interleaved)
 
 
 def resident_nbytes(spec: TensorSpec, source: Source, device: torch.device, dtype: torch.dtype, rows: int) -> int:
@@ -130,6 +148,9 @@ def workspace_nbytes(source: Source, device: torch.device, dtype: torch.dtype, t
     projected = tokens * 4 * HK * dtype.itemsize
     hidden = 3 * tokens * D * dtype.itemsize
     lightning = projected + tokens * HK * 4 * (6 + 3 + 2)  # float32: qkv twice, blocks' copies, outputs
+    if device.type == "cuda" and usable(dtype) and source.quantized:
+        routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
+        return CUBLAS_NBYTES + TILE_NBYTES + hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
     products = projected + max((rows * columns * dtype.itemsize for rows, columns in _products(source)), default=0)
     fixed = CUBLAS_NBYTES if device.type == "cuda" else 0
     return fixed + hidden + max(lightning, products)

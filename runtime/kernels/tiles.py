@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from minibble.quantize.nf4_math import CODEBOOK, decode_absmax, zero_byte
 from minibble.quantize.tensors import NESTED_BLOCK, Levels, QuantizedTensor
+from minibble.runtime.kernels import nvrtc, reference_forced
 
 ROWS, COLUMNS = 32, 256  # of a chunk
 CODES_NBYTES = ROWS * COLUMNS // 2
@@ -28,6 +30,11 @@ GROUPS = (32, 64, 128)  # of int4; multiples of 128 are stored as groups of 128
 # NF4's levels times this are nearest to bfloat16 numbers: their error, weighted by how often Gaussian weights take
 # them, is 0.8e-3 of their size instead of 1.4e-3. Scales are divided by it.
 LEVEL_SCALE = 1.43671
+
+
+def usable(dtype: torch.dtype) -> bool:
+    """True where kernels that read the layout can be compiled, and take activations of `dtype`."""
+    return dtype == torch.bfloat16 and nvrtc.available() and not reference_forced()
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,8 @@ def pack(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tensor | Non
 def _row_tiles(matrices: list[Tensor], layout: TileLayout, columns: int, padding: int) -> Tensor:
     """`matrices` of equal width in the order of 16-row tiles, padded to whole tiles and chunks."""
     width = layout.chunks * columns
-    padded = [F.pad(m, (0, width - m.shape[1], 0, -m.shape[0] % 16), value=padding).view(-1, 16, width) for m in matrices]
+    margins = [(0, width - m.shape[1], 0, -m.shape[0] % 16) for m in matrices]
+    padded = [F.pad(m, margin, value=padding).view(-1, 16, width) for m, margin in zip(matrices, margins, strict=True)]
     stacked = torch.stack(padded, dim=1).flatten(0, 1) if layout.interleaved else torch.cat(padded)
     return F.pad(stacked, (0, 0, 0, 0, 0, 2 * layout.tiles - len(stacked)), value=padding)
 
@@ -180,7 +188,7 @@ def _pack_nested(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tens
         first = range(start * NESTED_BLOCK, start * NESTED_BLOCK + _up(q.shape[0], 16) * per_row, 16 * per_row)
         entries.append([struct.pack("<if", block, q.nested_offset) for block in first])
         start += count
-    order = [one for both in zip(*entries, strict=True) for one in both] if layout.interleaved else sum(entries, [])
+    order = list(chain(*(zip(*entries, strict=True) if layout.interleaved else entries)))
     meta = b"".join(order).ljust(16 * layout.tiles, b"\0")
     place = out[layout.meta_start : layout.meta_start + len(meta)]
     place.copy_(torch.frombuffer(bytearray(meta), dtype=torch.uint8))

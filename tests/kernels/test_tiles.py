@@ -61,7 +61,8 @@ def padded_rows(parts: list[QuantizedTensor], interleaved: bool) -> torch.Tensor
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "K", "interleaved"), [((32,), 256, False), ((16, 48, 5), 512, False), ((32, 32), 256, True), ((7,), 768, False)]
+    ("rows", "K", "interleaved"),
+    [((32,), 256, False), ((16, 48, 5), 512, False), ((32, 32), 256, True), ((7,), 768, False)],
 )
 def test_every_weight_is_in_its_place(format: Format, rows: tuple[int, ...], K: int, interleaved: bool) -> None:
     parts = quantized(rows, K, format)

@@ -4,23 +4,17 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.kernels import nvrtc, reference_forced
 from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decode import decode_into
 from minibble.runtime.kernels.linear4.stored import StoredParts
-from minibble.runtime.kernels.tiles import TileLayout, pack
+from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
 FEW = 8  # tokens up to which the kernel for few of them is the quicker
 
 
-def fused(dtype: torch.dtype) -> bool:
-    """True where the fused kernels take activations of `dtype`."""
-    return dtype == torch.bfloat16 and nvrtc.available() and not reference_forced()
-
-
 def prepare(parts: list[QuantizedTensor], dtype: torch.dtype) -> "TiledLinear | StoredLinear":
     """The rows of `parts`, which lie on a CUDA device, for activations of `dtype`."""
-    layout = TileLayout.of(parts) if fused(dtype) else None
+    layout = TileLayout.of(parts) if usable(dtype) else None
     return StoredLinear(parts) if layout is None else TiledLinear(pack(parts, layout), layout)
 
 
@@ -30,7 +24,7 @@ class TiledLinear:
     def __init__(self, data: Tensor, layout: TileLayout):
         self.data, self.layout = data, layout
         self.shape = (layout.N, layout.K)
-        self.operand = skinny.Operand(layout, torch.tensor([data.data_ptr()], device=data.device))
+        self.operand = skinny.Operand(layout, data)
 
     @property
     def nbytes(self) -> int:

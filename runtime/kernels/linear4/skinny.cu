@@ -6,15 +6,16 @@
 // each lane; the levels are the A operand of mma.m16n8k16, up to 8 tokens are B, and scales are applied in float32 to
 // the sums over their columns. Jobs are (expert, up to 8 of its tokens); a plain product is the job of one expert.
 //
-// Macros: WARPS; SCALE_KIND 0 double quantization, 1 float32, 2 float16; SCALE_COLUMNS of one scale;
-// EPILOGUE 0 bfloat16 [M, N], 1 float32 [splits, M, N], 2 silu(gate) * up as bfloat16 [pairs, F], 3 float32
-// [active * splits, M, N] times the router's weight.
+// One function serves all uses in a layer, whose code so stays in the processors' caches.
+//
+// Macros: WARPS; SCALE_KIND 0 double quantization, 1 float32, 2 float16; SCALE_COLUMNS of one scale.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define TOKENS 8             // columns of B
 #define CODES_NBYTES 4096    // of a chunk: 32 rows of 256 columns
+#define HALF_NBYTES 2048
 #define LUT_STRIDE 256       // bytes from entry to entry, so that a byte of codes is the second byte of its address
 #define LUT_NBYTES (256 * LUT_STRIDE)
 #define SCALES_PER_ROW (256 / SCALE_COLUMNS)
@@ -29,8 +30,14 @@ typedef unsigned long long u64;
 #define THREADS (WARPS * 32)
 #define EVICT_FIRST 0x12F0000000000000ull  // the policy createpolicy.fractional.L2::evict_first makes: read once
 
+// What sums become: bfloat16 [M, N]; float32 [splits, M, N]; silu(gate) * up as bfloat16 [pairs, F]; float32
+// [active * splits, M, N] times the router's weight.
+enum Epilogue { TO_BFLOAT16, TO_PARTS, GATE_UP, DOWN };
+
 struct Args {
+    int epilogue;
     const long long* table;  // address of each expert's record
+    const char* matrix;      // the only matrix, where there are no experts
     const int* ids;          // expert of each pair of token and choice, or null for one expert
     const float* weights;    // the router's, of each pair
     const char* x;           // bfloat16 [rows, K]
@@ -39,9 +46,10 @@ struct Args {
     int N, K, tiles, chunks, splits;
     int token_rows;          // tokens of a job that shared memory has room for: min(8, M)
     int stages, segment_tiles;
+    int late;                // blocks that do less, see `share`
     int first_stages;        // of a ring, filled before x is asked for
     int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
-    float* parts;            // room for float32 [splits, M, N] where EPILOGUE 0 has splits
+    float* parts;            // room for float32 [splits, M, N] where bfloat16 results have splits
     int* arrived;            // for each job and tile, how many of its splits are done; zeros before and after
     int parts_count, interleaved;
     int part_start[4], part_nested[4];  // in 16 rows, in second-level scales
@@ -70,18 +78,32 @@ __device__ inline void barrier_wait(u64* bar, u32 parity) {
     } while (!done);
 }
 
-__device__ inline void copy_chunk(char* to, const char* from, u64* bar, int lane) {
+#if __CUDA_ARCH__ >= 900
+__device__ inline void copy_bulk(char* to, const char* from, int nbytes, u64* bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(nbytes), "r"(shared_address(bar)), "l"(EVICT_FIRST) : "memory");
+}
+#else
+__device__ inline void copy_16(char* to, const char* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+#endif
+
+// Half a chunk, its scales with the first: 128 columns, so that little of a ring stands empty while it is worked on.
+template <int HALF>
+__device__ inline void copy_half(char* stage, const char* from, u64* bars, int lane) {
+    const int FROM = HALF * HALF_NBYTES, SCALES = HALF ? 0 : CHUNK_NBYTES - CODES_NBYTES;
+    u64* bar = bars + HALF;
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
-                     ::"r"(shared_address(bar)), "r"(CHUNK_NBYTES) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                     ::"r"(shared_address(to)), "l"(from), "r"(CHUNK_NBYTES), "r"(shared_address(bar)), "l"(EVICT_FIRST)
-                     : "memory");
+                     ::"r"(shared_address(bar)), "r"(HALF_NBYTES + SCALES) : "memory");
+        copy_bulk(stage + FROM, from + FROM, HALF_NBYTES, bar);
+        if (SCALES) copy_bulk(stage + CODES_NBYTES, from + CODES_NBYTES, SCALES, bar);
     }
 #else
-    for (int i = lane * 16; i < CHUNK_NBYTES; i += 512)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(from + i) : "memory");
+    for (int i = FROM + lane * 16; i < FROM + HALF_NBYTES; i += 512) copy_16(stage + i, from + i);
+    for (int i = CODES_NBYTES + lane * 16; i < CODES_NBYTES + SCALES; i += 512) copy_16(stage + i, from + i);
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 #endif
 }
@@ -173,7 +195,7 @@ __device__ inline void stream_step(Stream& s) {
 
 // The matrix of the lane's expert, or of the only one: known long before the ids are.
 __device__ inline const char* matrix_of_lane(const Args& a, int lane) {
-    return (const char*)a.table[min(lane, a.experts - 1)] + a.matrix_start;
+    return a.ids == nullptr ? a.matrix : (const char*)a.table[min(lane, a.experts - 1)] + a.matrix_start;
 }
 
 // That of the pair with the lane's number, or one that no pair has.
@@ -255,7 +277,7 @@ __device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
     const int* pairs = sh.pairs + seg.job * TOKENS;
     for (int u = threadIdx.x; u < units; u += THREADS) {
         int t = u & 3, r = (u >> 2) % seg.tokens, k = first + (u >> 2) / seg.tokens * 32 + t * 2;
-        int row = EPILOGUE == 3 ? pairs[r] : pairs[r] / a.active;
+        int row = a.epilogue == DOWN ? pairs[r] : pairs[r] / a.active;
         const char* from = a.x + ((long long)row * a.K + k) * 2;
 #pragma unroll
         for (int i = 0; i < 4; ++i) copy_word(sh.x + u * 16 + i * 4, from + i * 16, k < a.K);
@@ -367,11 +389,9 @@ struct RowScales {
 // Steps of 16 columns whose sums share a scale, at most those of 64 columns.
 #define STEPS_PER_SCALE (SCALE_COLUMNS < 64 ? SCALE_COLUMNS / 16 : 4)
 
-__device__ inline void chunk(const Args& a, const Shared& sh, const char* stage, int tile, int c, int k_chunk,
-                             float (&sums)[2][4], int lane, u32 lane4, int x_lane, int tokens) {
-    int g = lane >> 2;
-    RowScales scales[2][2];
-    int per_row = a.K / 64;
+__device__ inline void load_scales(const Args& a, const Shared& sh, const char* stage, int tile, int k_chunk,
+                                   RowScales (&scales)[2][2], int lane) {
+    int g = lane >> 2, per_row = a.K / 64;
 #pragma unroll
     for (int rt = 0; rt < 2; ++rt)
 #pragma unroll
@@ -380,8 +400,13 @@ __device__ inline void chunk(const Args& a, const Shared& sh, const char* stage,
             scales[rt][half].load(a, sh, stage + CODES_NBYTES, 16 * rt + row, 2 * tile + rt,
                                   row * per_row + 4 * k_chunk);
         }
+}
+
+template <int HALF>
+__device__ inline void multiply_half(const Shared& sh, const char* stage, int c, const RowScales (&scales)[2][2],
+                                     float (&sums)[2][4], int lane, u32 lane4, int x_lane, int tokens) {
 #pragma unroll
-    for (int kb = 0; kb < 4; ++kb) {
+    for (int kb = 2 * HALF; kb < 2 * HALF + 2; ++kb) {
         const char* xb = sh.x + (c * 4 + kb) * tokens * 128 + x_lane;
         uint4 b01 = *(const uint4*)xb, b23 = *(const uint4*)(xb + tokens * 64);
         u32 bs[8] = {b01.x, b01.y, b01.z, b01.w, b23.x, b23.y, b23.z, b23.w};
@@ -432,9 +457,11 @@ __device__ inline void store_partial(const Shared& sh, int slot, int tokens, flo
 __device__ inline float reduced(const Shared& sh, int width, int total, int tokens, int tile, int row, int token) {
     float sum = 0;
     int begin = tile * width, end = begin + width;
-    for (int w = ((begin + 1) * WARPS - 1) / total; w < WARPS && w * total / WARPS < end; ++w)
-        if (w * total / WARPS < (w + 1) * total / WARPS)
-            sum += left(sh, ((tile + w) * 32 + row) * tokens + token);
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        int from = max(w * total / WARPS, begin), to = min((w + 1) * total / WARPS, end);
+        if (from < to) sum += left(sh, ((tile + w) * 32 + row) * tokens + token);
+    }
     return sum;
 }
 
@@ -446,28 +473,27 @@ __device__ inline unsigned short to_bfloat16(float f) {
 
 __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& seg) {
     int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
-    int tokens = seg.tokens;
-    const int rows = EPILOGUE == 2 ? 16 : 32;
-    for (int token = 0; token < tokens; ++token)
-    for (int i = threadIdx.x; i < seg.count * rows; i += THREADS) {
-        int row = i % rows, tile = i / rows;
-        int pair = sh.pairs[seg.job * TOKENS + token], n = (seg.tile + tile) * rows + row;
-        if (n >= a.N) continue;
-        float y = reduced(sh, width, total, tokens, tile, row, token);
-#if EPILOGUE == 0
-        if (a.splits == 1)
-            ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y);
-        else
-            a.parts[((long long)seg.split * a.M + pair) * a.N + n] = y;
-#elif EPILOGUE == 1
-        ((float*)a.out)[((long long)seg.split * a.M + pair) * a.N + n] = y;
-#elif EPILOGUE == 2
-        float up = reduced(sh, width, total, tokens, tile, row + 16, token);
-        ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y / (1.0f + __expf(-y)) * up);
-#else
-        int choice = pair % a.active * a.splits + seg.split;
-        ((float*)a.out)[((long long)choice * a.M + pair / a.active) * a.N + n] = y * a.weights[pair];
-#endif
+    int rows = a.epilogue == GATE_UP ? 16 : 32, shift = a.epilogue == GATE_UP ? 4 : 5;
+    for (int token = 0; token < seg.tokens; ++token) {
+        int pair = sh.pairs[seg.job * TOKENS + token];
+        for (int i = threadIdx.x; i < seg.count << shift; i += THREADS) {
+            int row = i & (rows - 1), tile = i >> shift, n = (seg.tile + tile) * rows + row;
+            if (n >= a.N) continue;
+            float y = reduced(sh, width, total, seg.tokens, tile, row, token);
+            if (a.epilogue == GATE_UP) {
+                float up = reduced(sh, width, total, seg.tokens, tile, row + 16, token);
+                y = __fdividef(y, 1.0f + __expf(-y)) * up;
+            }
+            if (a.epilogue == GATE_UP || (a.epilogue == TO_BFLOAT16 && a.splits == 1)) {
+                ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y);
+            } else if (a.epilogue == DOWN) {
+                int choice = pair % a.active * a.splits + seg.split;
+                ((float*)a.out)[((long long)choice * a.M + pair / a.active) * a.N + n] = y * a.weights[pair];
+            } else {
+                float* to = a.epilogue == TO_PARTS ? (float*)a.out : a.parts;
+                to[((long long)seg.split * a.M + pair) * a.N + n] = y;
+            }
+        }
     }
 }
 
@@ -509,6 +535,15 @@ __device__ void fill_tables(const Args& a, const Shared& sh, int lane, int warp)
 #endif
 }
 
+// Where a block's share of the units begins. Blocks start in order, each when a processor is done with the kernel before:
+// the last ones are behind already, and what remains of the division goes to the first, as does a unit of each of the
+// `late` last.
+__device__ inline int share(int block, int units, int late) {
+    int blocks = gridDim.x, each = units / blocks, more = units % blocks + late;
+    if (each < 2 || more > blocks) late = 0, more = units % blocks;
+    return block * each + min(block, more) - max(0, block - (blocks - late));
+}
+
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
 extern __shared__ __align__(1024) char shared_memory[];
@@ -519,7 +554,7 @@ __device__ inline Shared carve(const Args& a) {
     sh.lut = at, at += LUT_NBYTES;
     sh.ring = at, at += WARPS * a.stages * CHUNK_NBYTES;
     sh.x = at, at += ((a.chunks + a.splits - 1) / a.splits) * 512 * a.token_rows;
-    sh.bars = (u64*)at, at += WARPS * a.stages * 8;
+    sh.bars = (u64*)at, at += WARPS * a.stages * 16;
     int jobs = a.ids == nullptr ? (a.M + TOKENS - 1) / TOKENS : a.M * a.active;
     sh.job_matrix = (const char**)at, at += 8 * jobs;
     sh.map = (float*)at, at += SCALE_KIND == 0 ? 1024 : 0;
@@ -535,29 +570,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     Shared sh = carve(a);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     char* ring = sh.ring + warp * a.stages * CHUNK_NBYTES;
-    u64* bars = sh.bars + warp * a.stages;
-    if (lane < a.stages) barrier_init(bars + lane, __CUDA_ARCH__ >= 900 ? 1 : 32);
+    u64* bars = sh.bars + warp * 2 * a.stages;  // two halves of each stage
+    if (lane < 2 * a.stages) barrier_init(bars + lane, __CUDA_ARCH__ >= 900 ? 1 : 32);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
     const char* matrix = matrix_of_lane(a, lane);
-#if EPILOGUE != 2
-    int expert = expert_of_lane(a, lane);
-#endif
+    // The router's choice is what the kernel before has just made, or one of the kernels before that.
+    bool chosen = a.epilogue != GATE_UP;
+    int expert = chosen ? expert_of_lane(a, lane) : 0;
     fill_tables(a, sh, lane, warp);
-#if EPILOGUE == 2
-    wait_for_previous_kernel();  // the ids are its outputs; those of the kernels before it are there already
-    int expert = expert_of_lane(a, lane);
-#endif
+    if (!chosen) {
+        wait_for_previous_kernel();
+        expert = expert_of_lane(a, lane);
+    }
     int units = make_jobs(a, sh, matrix, expert) * a.splits * a.tiles;
-    int start = (long long)blockIdx.x * units / gridDim.x, stop = (long long)(blockIdx.x + 1) * units / gridDim.x;
+    int start = share(blockIdx.x, units, a.late), stop = share(blockIdx.x + 1, units, a.late);
     if (start == stop) return;
     // The little that is needed first goes ahead of the stream, in which it would wait for its turn.
     Segment seg = segment_at(a, sh, start, stop);
     load_nested(a, sh, seg);
-#if EPILOGUE == 2
-    load_x(a, sh, seg);
-#endif
+    if (!chosen) load_x(a, sh, seg);
     Stream ahead = {start, stop}, now = {start, stop};
     bool more = stream_segment(a, sh, ahead, warp);
     // Weights never change, so the stream begins before the kernel ahead of this one has ended; but only with what
@@ -565,16 +598,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     int filled = 0;
     auto fill = [&](int upto) {
         for (; filled < upto && more; ++filled) {
-            copy_chunk(ring + filled * CHUNK_NBYTES, ahead.from, bars + filled, lane);
+            copy_half<0>(ring + filled * CHUNK_NBYTES, ahead.from, bars + 2 * filled, lane);
+            copy_half<1>(ring + filled * CHUNK_NBYTES, ahead.from, bars + 2 * filled, lane);
             stream_step(ahead);
             if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
         }
     };
     fill(a.first_stages);
-#if EPILOGUE != 2
-    wait_for_previous_kernel();
-    load_x(a, sh, seg);
-#endif
+    if (chosen) {
+        wait_for_previous_kernel();
+        load_x(a, sh, seg);
+    }
 
     u32 lane4 = lane * 4;
     int stage = 0;
@@ -596,11 +630,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
         if (stream_segment(a, sh, now, warp))
             while (now.q < now.q_end) {
                 char* at = ring + stage * CHUNK_NBYTES;
-                barrier_wait(bars + stage, parity);
-                chunk(a, sh, at, now.tile, now.c, first + now.c, sums, lane, lane4, x_lane, seg.tokens);
+                u64* full = bars + 2 * stage;
+                RowScales scales[2][2];
+                barrier_wait(full, parity);
+                load_scales(a, sh, at, now.tile, first + now.c, scales, lane);
+                multiply_half<0>(sh, at, now.c, scales, sums, lane, lane4, x_lane, seg.tokens);
+                __syncwarp();
+                if (more) copy_half<0>(at, ahead.from, full, lane);
+                barrier_wait(full + 1, parity);
+                multiply_half<1>(sh, at, now.c, scales, sums, lane, lane4, x_lane, seg.tokens);
                 __syncwarp();
                 if (more) {
-                    copy_chunk(at, ahead.from, bars + stage, lane);
+                    copy_half<1>(at, ahead.from, full, lane);
                     stream_step(ahead);
                     if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
                 }
@@ -611,7 +652,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
             }
         __syncthreads();
         write_outputs(a, sh, seg);
-        if (EPILOGUE == 0 && a.splits > 1) add_parts(a, sh, seg);
+        if (a.epilogue == TO_BFLOAT16 && a.splits > 1) add_parts(a, sh, seg);
         unit += seg.count;
     }
 }

@@ -19,7 +19,8 @@ from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, l
 
 TOKENS = 8  # in one pass over the weights
 FIRST_STAGES = 1
-MAX_STAGES = 4
+LATE = 0
+MAX_STAGES = 2
 MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
 MAX_TOKENS = 64  # that the list of jobs has room for
@@ -27,15 +28,16 @@ WARPS = (16, 12, 8)  # of a block: the most for which shared memory has room for
 SEGMENT_TILES = 32
 _LUT_NBYTES = 256 * 256
 _LEFT = 256 * 32  # floats that fit between the table's entries
-# What a matrix product's results become: the macro EPILOGUE.
+# What sums become: skinny.cu's Epilogue.
 BFLOAT16, PARTS, GATE_UP, DOWN = range(4)
 
 
 class _Args(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("table", "ids", "weights", "x", "out")),
+        ("epilogue", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("table", "matrix", "ids", "weights", "x", "out")),
         *((name, ctypes.c_int) for name in ("M", "active", "experts", "N", "K", "tiles", "chunks", "splits")),
-        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles", "first_stages")),
+        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles", "late", "first_stages")),
         *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
         ("nested_span", ctypes.c_int),
         ("parts", ctypes.c_void_p),
@@ -52,10 +54,11 @@ class _Args(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Operand:
-    """Where a matrix of each expert lies: `table` int64 [E] of record addresses on the device, `start` in a record."""
+    """Where a matrix lies: in `data`, or one of each expert `start` bytes after the addresses in `table`, int64 [E]."""
 
     layout: TileLayout
-    table: Tensor
+    data: Tensor | None = None
+    table: Tensor | None = None
     start: int = 0
 
 
@@ -75,28 +78,30 @@ def launch(
     [M, K] and gives bfloat16 [M * A, F]; DOWN takes [M * A, F] and gives float32 [A * splits, M, N].
     """
     layout, table = operand.layout, operand.table
+    assert (ids is None) == (table is None)
     M, active = (x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
+    experts = 0 if table is None else table.numel()
     assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
-    assert out.is_contiguous() and M <= MAX_TOKENS and table.numel() <= 32 * WARPS[-1]
+    assert out.is_contiguous() and M <= MAX_TOKENS and experts <= 32 * WARPS[-1]
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
     device = x.device
-    lists = _lists_nbytes(M, active, 0 if ids is None else table.numel())
+    lists = _lists_nbytes(M, active, experts)
     shape = _shape(layout, min(TOKENS, M), splits, lists, _shared_limit(device.index))
     assert shape.stages >= 1, f"{layout.K} columns of {M} tokens do not fit into shared memory: take more splits"
-    parts = arrived = table  # not looked at where nothing is split among blocks and put together again
+    parts = arrived = None
     if epilogue == BFLOAT16 and splits > 1:
         parts = torch.empty(splits, M, layout.N, device=device)
         arrived = _zeros(-(-M // TOKENS) * layout.tiles, device)
     args = _Args(
-        *(None if t is None else t.data_ptr() for t in (table, ids, weights, x, out)),
-        M, active, table.numel(),
+        epilogue,
+        *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
-        min(TOKENS, M), shape.stages, shape.segment_tiles, min(shape.stages, FIRST_STAGES),
+        min(TOKENS, M), shape.stages, shape.segment_tiles, LATE, min(shape.stages, FIRST_STAGES),
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
-        parts.data_ptr(), arrived.data_ptr(), *_parts(layout), *_tables(layout.levels),
+        *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
-    kernel = _kernel(shape.warps, kind, layout.scale_columns, epilogue)
+    kernel = _kernel(shape.warps, kind, layout.scale_columns)
     kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
 
@@ -143,8 +148,8 @@ def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, li
     fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + lists + 4 * segment
     if layout.nested:
         fixed += 1024 + segment * (16 + 8 * _nested_span(layout))
-    stages = min((limit - fixed) // (warps * (layout.chunk_nbytes + 8)), MAX_STAGES)
-    return _Shape(warps, stages, segment, fixed + stages * warps * (layout.chunk_nbytes + 8))
+    stages = min((limit - fixed) // (warps * (layout.chunk_nbytes + 16)), MAX_STAGES)
+    return _Shape(warps, stages, segment, fixed + stages * warps * (layout.chunk_nbytes + 16))
 
 
 @cache
@@ -169,9 +174,9 @@ def _nested_span(layout: TileLayout) -> int:
 
 
 @cache
-def _kernel(warps: int, scale_kind: int, scale_columns: int, epilogue: int) -> Kernel:
+def _kernel(warps: int, scale_kind: int, scale_columns: int) -> Kernel:
     macros: dict[str, int | str] = {
-        "WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns, "EPILOGUE": epilogue
+        "WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
     }  # fmt: skip
     return Kernel("skinny", [Path(__file__).with_name("skinny.cu")], macros)
 

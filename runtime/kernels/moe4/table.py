@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minibble.quantize.formats import Format
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.kernels.linear4 import cuda, skinny, tile
-from minibble.runtime.kernels.tiles import TileLayout, pack
+from minibble.runtime.kernels.linear4 import skinny, tile
+from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
 FEW = 64  # tokens up to which the kernel for few of them is the quicker
 
@@ -28,7 +28,7 @@ class ExpertTable:
         cls, experts: int, D: int, F: int, format: Format, dtype: torch.dtype, device: torch.device
     ) -> "ExpertTable | None":
         """Room for experts in `format`; None where the fused kernels cannot take them or activations of `dtype`."""
-        if device.type != "cuda" or not cuda.fused(dtype):
+        if device.type != "cuda" or not usable(dtype):
             return None
         kind = format.levels, format.block_size, bool(getattr(format, "double_quant", False))
         gate_up, down = TileLayout.make((F, F), D, *kind, True), TileLayout.make((D,), F, *kind)
@@ -71,11 +71,11 @@ class ExpertTable:
         if not M:
             return torch.zeros(1, 0, self.down.N, device=device)
         h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
-        gate_up = skinny.Operand(self.gate_up, self.addresses)
+        gate_up = skinny.Operand(self.gate_up, table=self.addresses)
         skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA.contiguous())
         splits = skinny.splits_for(self.down, M, device, A, len(self.addresses))
         parts = torch.empty(A * splits, M, self.down.N, device=device)
-        down = skinny.Operand(self.down, self.addresses, self.gate_up.nbytes)
+        down = skinny.Operand(self.down, table=self.addresses, start=self.gate_up.nbytes)
         skinny.launch(
             down, skinny.DOWN, h, parts, ids=ids_MA.contiguous(), weights=weights_MA.contiguous(), splits=splits
         )
