@@ -29,14 +29,14 @@ def suits(device: torch.device, head_dim: int) -> bool:
     if device.type != "cuda" or head_dim != HEAD_DIM or not nvrtc.available():
         return False
     properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 8 and properties.shared_memory_per_block_optin > ATTENTION_NBYTES + 1024
+    return properties.major >= 8 and properties.shared_memory_per_block_optin > ATTENTION_NBYTES + 1024  # type: ignore
 
 
 def attention(
     projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, valid_BT: Tensor | None, half_BTN: Tensor,
     processors: int,
 ) -> Tensor:  # fmt: skip
-    """Fills `half_BTN` and returns the units, float32 [B, T, 4 H], that each 32 of its features are to be times."""
+    """Fills `half_BTN` and returns the units, float32 [B, T, 4 H], that its features are to be multiplied by, 32 at a time."""
     B, T, _ = projected_BTP.shape
     H, K = state_BHKK.shape[1:3]
     device = projected_BTP.device

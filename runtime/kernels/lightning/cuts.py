@@ -19,8 +19,8 @@ class Cuts(NamedTuple):
 
 
 def cut(tokens: int, rows: int, processors: int) -> Cuts:
-    """As many segments as give each of `processors` a program; `rows` is heads times sequences."""
+    """As many segments as give each of `processors` a program, and pieces at least; `rows`: heads times sequences."""
     segments = max(1, min(processors // rows, tokens // LEAST_SEGMENT))
-    each = max(1, processors // (rows * (segments - 1))) if segments > 1 else 1
+    each = -(-processors // (rows * (segments - 1))) if segments > 1 else 1
     piece = -(-tokens // (segments * each * BLOCK)) * BLOCK
     return Cuts(-(-tokens // (piece * each)), each, piece)

@@ -237,5 +237,5 @@ def attention(
 
 
 def _stages(device: torch.device) -> int:
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return STAGES if room >= STAGES_NBYTES else 1
