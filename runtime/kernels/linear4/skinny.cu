@@ -46,7 +46,6 @@ struct Args {
     int N, K, tiles, chunks, splits;
     int token_rows;          // tokens of a job that shared memory has room for: min(8, M)
     int stages, segment_tiles;
-    int late;                // blocks that do less, see `share`
     int first_stages;        // of a ring, filled before x is asked for
     int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
     float* parts;            // room for float32 [splits, M, N] where bfloat16 results have splits
@@ -270,17 +269,24 @@ __device__ int make_jobs(const Args& a, Shared& sh, const char* matrix, int expe
     return jobs;
 }
 
+// Of a pair of token and choice; without experts a pair is a token.
+__device__ inline int token_of(const Args& a, int pair) {
+    return a.active == 1 ? pair : a.active == 2 ? pair >> 1 : pair / a.active;
+}
+
 // The rows of x that a job reads, in the order of B's registers: [64 columns][half][row][4 threads][4 words].
 __device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
     int first = split_start(a, seg.split) * 256, columns = split_start(a, seg.split + 1) * 256 - first;
-    int units = columns / 8 * seg.tokens;
     const int* pairs = sh.pairs + seg.job * TOKENS;
-    for (int u = threadIdx.x; u < units; u += THREADS) {
-        int t = u & 3, r = (u >> 2) % seg.tokens, k = first + (u >> 2) / seg.tokens * 32 + t * 2;
-        int row = a.epilogue == DOWN ? pairs[r] : pairs[r] / a.active;
+    int t = threadIdx.x & 3, place = threadIdx.x >> 2, r = place % seg.tokens, k = first + place / seg.tokens * 32 + t * 2;
+    int r_step = THREADS / 4 % seg.tokens, k_step = THREADS / 4 / seg.tokens * 32;
+    for (char* to = sh.x + threadIdx.x * 16; k < first + columns; to += THREADS * 16) {
+        int row = a.epilogue == GATE_UP ? token_of(a, pairs[r]) : pairs[r];
         const char* from = a.x + ((long long)row * a.K + k) * 2;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) copy_word(sh.x + u * 16 + i * 4, from + i * 16, k < a.K);
+        for (int i = 0; i < 4; ++i) copy_word(to + i * 4, from + i * 16, k < a.K);
+        r += r_step, k += k_step;
+        if (r >= seg.tokens) r -= seg.tokens, k += 32;
     }
 }
 
@@ -487,8 +493,8 @@ __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& se
             if (a.epilogue == GATE_UP || (a.epilogue == TO_BFLOAT16 && a.splits == 1)) {
                 ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y);
             } else if (a.epilogue == DOWN) {
-                int choice = pair % a.active * a.splits + seg.split;
-                ((float*)a.out)[((long long)choice * a.M + pair / a.active) * a.N + n] = y * a.weights[pair];
+                int choice = (pair - token_of(a, pair) * a.active) * a.splits + seg.split;
+                ((float*)a.out)[((long long)choice * a.M + token_of(a, pair)) * a.N + n] = y * a.weights[pair];
             } else {
                 float* to = a.epilogue == TO_PARTS ? (float*)a.out : a.parts;
                 to[((long long)seg.split * a.M + pair) * a.N + n] = y;
@@ -536,12 +542,9 @@ __device__ void fill_tables(const Args& a, const Shared& sh, int lane, int warp)
 }
 
 // Where a block's share of the units begins. Blocks start in order, each when a processor is done with the kernel before:
-// the last ones are behind already, and what remains of the division goes to the first, as does a unit of each of the
-// `late` last.
-__device__ inline int share(int block, int units, int late) {
-    int blocks = gridDim.x, each = units / blocks, more = units % blocks + late;
-    if (each < 2 || more > blocks) late = 0, more = units % blocks;
-    return block * each + min(block, more) - max(0, block - (blocks - late));
+// the last ones are behind already, so what remains of the division goes to the first.
+__device__ inline int share(int block, int units) {
+    return block * (units / gridDim.x) + min(block, units % gridDim.x);
 }
 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
@@ -585,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
         expert = expert_of_lane(a, lane);
     }
     int units = make_jobs(a, sh, matrix, expert) * a.splits * a.tiles;
-    int start = share(blockIdx.x, units, a.late), stop = share(blockIdx.x + 1, units, a.late);
+    int start = share(blockIdx.x, units), stop = share(blockIdx.x + 1, units);
     if (start == stop) return;
     // The little that is needed first goes ahead of the stream, in which it would wait for its turn.
     Segment seg = segment_at(a, sh, start, stop);

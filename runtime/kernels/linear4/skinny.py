@@ -14,17 +14,19 @@ from torch import Tensor
 
 from minibble.quantize.nf4_math import dynamic_map
 from minibble.quantize.tensors import Levels
+from minibble.runtime.kernels.counters import COUNT, counters
 from minibble.runtime.kernels.nvrtc import Kernel
 from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, level_scale
 
 TOKENS = 8  # in one pass over the weights
-FIRST_STAGES = 1
-LATE = 0
-MAX_STAGES = 2
 MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
 MAX_TOKENS = 64  # that the list of jobs has room for
-WARPS = (16, 12, 8)  # of a block: the most for which shared memory has room for two chunks each
+# Of a block's warps and the chunks that each has in flight: on an H100 one token through two experts of NF4 took 70 us
+# with 8 and 2; 72 with 12 and 2, 77 with 6 and 2, 74 with 8 and 4, whose queue delays the next kernel's activations.
+WARPS = 8
+MAX_STAGES = 2
+FIRST_STAGES = 1  # chunks of each warp asked for before activations are
 SEGMENT_TILES = 32
 _LUT_NBYTES = 256 * 256
 _LEFT = 256 * 32  # floats that fit between the table's entries
@@ -37,7 +39,7 @@ class _Args(ctypes.Structure):
         ("epilogue", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("table", "matrix", "ids", "weights", "x", "out")),
         *((name, ctypes.c_int) for name in ("M", "active", "experts", "N", "K", "tiles", "chunks", "splits")),
-        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles", "late", "first_stages")),
+        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles", "first_stages")),
         *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
         ("nested_span", ctypes.c_int),
         ("parts", ctypes.c_void_p),
@@ -82,7 +84,7 @@ def launch(
     M, active = (x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
     experts = 0 if table is None else table.numel()
     assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
-    assert out.is_contiguous() and M <= MAX_TOKENS and experts <= 32 * WARPS[-1]
+    assert out.is_contiguous() and M <= MAX_TOKENS and experts <= 32 * WARPS
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
     device = x.device
     lists = _lists_nbytes(M, active, experts)
@@ -91,18 +93,19 @@ def launch(
     parts = arrived = None
     if epilogue == BFLOAT16 and splits > 1:
         parts = torch.empty(splits, M, layout.N, device=device)
-        arrived = _zeros(-(-M // TOKENS) * layout.tiles, device)
+        arrived = counters(device)
+        assert -(-M // TOKENS) * layout.tiles <= len(arrived), f"{layout.N} rows are too many to split"
     args = _Args(
         epilogue,
         *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
-        min(TOKENS, M), shape.stages, shape.segment_tiles, LATE, min(shape.stages, FIRST_STAGES),
+        min(TOKENS, M), shape.stages, shape.segment_tiles, FIRST_STAGES,
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
         *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
-    kernel = _kernel(shape.warps, kind, layout.scale_columns)
-    kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
+    kernel = _kernel(kind, layout.scale_columns)
+    kernel.launch(_processors(device.index), 32 * WARPS, [args], shape.nbytes, overlap=True)
 
 
 @cache
@@ -114,7 +117,8 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
     processors, limit, rows = _processors(device.index), _shared_limit(device.index), min(TOKENS, M)
     units = layout.tiles * (active if experts else -(-M // TOKENS))
     found: list[tuple[bool, float, int]] = []
-    for splits in range(1, min(layout.chunks, MAX_SPLITS) + 1):
+    most = MAX_SPLITS if layout.tiles * -(-M // TOKENS) <= COUNT else 1
+    for splits in range(1, min(layout.chunks, most) + 1):
         shape = _shape(layout, rows, splits, _lists_nbytes(M, active, experts), limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
         found.append((shape.stages < 2, round(idle, 1), splits))
@@ -129,9 +133,8 @@ def _lists_nbytes(M: int, active: int, experts: int) -> int:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a block: its warps, the chunks that each keeps in flight, tiles of a segment, bytes of shared memory."""
+    """Of a block: chunks that each warp keeps in flight, tiles of a segment, bytes of shared memory."""
 
-    warps: int
     stages: int
     segment_tiles: int
     nbytes: int
@@ -139,23 +142,12 @@ class _Shape:
 
 @cache
 def _shape(layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
-    shapes = [_with_warps(warps, layout, token_rows, splits, lists, limit) for warps in WARPS]
-    return next((one for one in shapes if one.stages >= 2), shapes[-1])
-
-
-def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
-    segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - warps)
+    segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - WARPS)
     fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + lists + 4 * segment
     if layout.nested:
         fixed += 1024 + segment * (16 + 8 * _nested_span(layout))
-    stages = min((limit - fixed) // (warps * (layout.chunk_nbytes + 16)), MAX_STAGES)
-    return _Shape(warps, stages, segment, fixed + stages * warps * (layout.chunk_nbytes + 16))
-
-
-@cache
-def _zeros(count: int, device: torch.device) -> Tensor:
-    """Counters that every launch leaves as it found them."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    stages = min((limit - fixed) // (WARPS * (layout.chunk_nbytes + 16)), MAX_STAGES)
+    return _Shape(stages, segment, fixed + stages * WARPS * (layout.chunk_nbytes + 16))
 
 
 @cache
@@ -174,9 +166,9 @@ def _nested_span(layout: TileLayout) -> int:
 
 
 @cache
-def _kernel(warps: int, scale_kind: int, scale_columns: int) -> Kernel:
+def _kernel(scale_kind: int, scale_columns: int) -> Kernel:
     macros: dict[str, int | str] = {
-        "WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
+        "WARPS": WARPS, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
     }  # fmt: skip
     return Kernel("skinny", [Path(__file__).with_name("skinny.cu")], macros)
 
