@@ -1,4 +1,4 @@
-"""The kernels' layout of 4-bit matrices, read back byte by byte as docs/format.md describes it."""
+"""The kernels' layout of 4-bit matrices, read back byte by byte as docs/adr/0009-kernel-layout.md describes it."""
 
 import struct
 

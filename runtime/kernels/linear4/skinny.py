@@ -184,7 +184,7 @@ def _tables(levels: Levels) -> tuple[Any, ...]:
 
 @cache
 def _shared_limit(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @cache
