@@ -22,6 +22,7 @@ NEEDED = {
 }
 USEFUL = {
     "triton": "fused GPU kernels need it; it comes with torch's CUDA builds",
+    "cuda-bindings": "pip install 'minibble[cuda]': multiplies from 4-bit codes on GPUs; without it they are decoded",
     "bitsandbytes": "pip install 'minibble[cpu]': decodes NF4 on CPUs, and multiplies from the codes with AVX512-BF16",
     "numba": "pip install 'minibble[cpu]': multiplies from 4-bit codes on any CPU",
 }
@@ -35,6 +36,11 @@ INT4_PATHS = {
     "kernel": "torch's kernel multiplies straight from the codes",
     "gemv": "our compiled loop multiplies straight from the codes",
     "torch": "torch decodes and multiplies; numba would be faster",
+}
+GPU_PATHS = {
+    "hopper": "few and many tokens multiply straight from the codes",
+    "fused": "few tokens multiply straight from the codes, many by slices decoded for cuBLAS",
+    "decode": "matrices are decoded whole and multiplied by cuBLAS",
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -134,8 +140,16 @@ def _look_at_torch(findings: Findings) -> None:
                 "memory_bytes": total,
                 "free_bytes": free,
                 "compute_capability": f"{facts.major}.{facts.minor}",
+                "path": _gpu_path(findings, facts.major),
             }
         )
+
+
+def _gpu_path(findings: Findings, major: int) -> str:
+    """How products with 4-bit matrices are done on a GPU of compute capability `major`: a key of GPU_PATHS."""
+    if findings.packages["cuda-bindings"] is None or major < 8:
+        return "decode"
+    return "hopper" if major == 9 else "fused"
 
 
 def _judge(findings: Findings) -> None:
@@ -182,6 +196,7 @@ def _table(findings: Findings) -> Any:
     for index, gpu in enumerate(findings.gpus):
         size = f"{decimal(gpu['memory_bytes'])}, {decimal(gpu['free_bytes'])} free"
         table.add_row(f"GPU {index}", f"{escape(gpu['name'])}, {size}, compute {gpu['compute_capability']}")
+        table.add_row("", f"[dim]4-bit products: {GPU_PATHS[gpu['path']]}[/]")
     if not findings.gpus:
         table.add_row("GPU", "[dim]none that torch can use: everything runs on the CPU[/]")
     return table

@@ -57,6 +57,7 @@ def _tell(ctx: click.Context, error: BaseException, message: str) -> None:
 def main() -> None:
     """4-bit MiniMax-Text-01 and M1: quantize, measure and run 456 B parameters in a chosen amount of memory."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="minibble: %(levelname)s: %(message)s")
+    logging.getLogger("minibble.runtime.kernels.nvrtc").setLevel(logging.INFO)  # compiling takes seconds: say so
 
 
 for _module in (quantize, run, report, evaluate, verify, bench, doctor, demo):

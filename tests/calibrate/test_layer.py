@@ -28,6 +28,7 @@ from minibble.quantize.nf4_math import decode_absmax, level_table
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.layers import Linear
 from minibble.runtime.layout import by_module
+from minibble.runtime.moe import MoE
 
 Config = Callable[..., dict[str, Any]]
 
@@ -81,7 +82,7 @@ def watch(path: Path, ids: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
         return lambda module, args: received.update({name: args[0].flatten(0, -2).clone()})
 
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | MoE):
             module.register_forward_pre_hook(hear(name))
     for layer in model.layers:
         layer.register_forward_hook(lambda module, args, output: outputs.append(output.flatten(0, 1).clone()))
@@ -130,7 +131,7 @@ def test_attention_is_solved_for_what_it_receives(run: Run, layer: int, module: 
 @pytest.mark.parametrize("kind", ["gate_up", "down"])
 def test_experts_are_solved_for_their_tokens_and_a_prior(run: Run, layer: int, kind: str) -> None:
     """The tokens routed to an expert, and all the layer's tokens, which together count as PRIOR for each input."""
-    everything = run.received[f"layers.{layer}.moe.router"]
+    everything = run.received[f"layers.{layer}.moe"]
     for expert in range(EXPERTS):
         name = f"layers.{layer}.moe.experts.{expert}.{kind}"
         for tensor, weight, q in matrices(run, name):
@@ -152,7 +153,7 @@ def router_weights(run: Run, layer: int, expert: int) -> Tensor:
     """What each token of an expert counts, in their order."""
     router = run.source.read(run.source.specs[f"model.layers.{layer}.block_sparse_moe.gate.weight"])
     assert isinstance(router, Tensor)
-    logits, ids = (run.received[f"layers.{layer}.moe.router"].double() @ router.double().T).topk(2)
+    logits, ids = (run.received[f"layers.{layer}.moe"].double() @ router.double().T).topk(2)
     weights = logits.softmax(dim=1)[ids == expert]
     return weights if run.weighted else torch.ones_like(weights)
 
@@ -192,7 +193,7 @@ def test_every_expert_is_accounted_for(run: Run) -> None:
 def test_few_tokens_do_not_spoil_an_expert(run: Run) -> None:
     """Five tokens hold 5 of 64 directions; in the others the layer's tokens keep the errors in bounds."""
     for layer in range(LAYERS):
-        everything = run.received[f"layers.{layer}.moe.router"]
+        everything = run.received[f"layers.{layer}.moe"]
         for tensor, weight, q in matrices(run, f"layers.{layer}.moe.experts.{known.SOME}.gate_up"):
             nearest = output_error(weight, NF4().encode(weight), gram(everything))
             assert output_error(weight, q, gram(everything)) < 0.5 * nearest, tensor
