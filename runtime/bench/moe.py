@@ -149,9 +149,7 @@ def expert_table(experts: Sequence[Expert], sizes: Sizes, format: Format) -> Any
     device = experts[0][0].device
     table = ExpertTable.empty(sizes.E, sizes.D, sizes.F, format, torch.bfloat16, device)
     if table is None:
-        raise ConfigError(
-            "the fused kernels cannot run here: they are compiled by NVRTC, which comes with torch's CUDA"
-        )
+        raise ConfigError("the fused kernels cannot run here: `minibble doctor` says what is missing")
     for index, (gate, up, down) in enumerate(experts):
         table.put(index, "gate_up", [gate, up])
         table.put(index, "down", [down])
