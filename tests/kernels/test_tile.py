@@ -27,7 +27,9 @@ TOKENS = [1, 2, 3, 7, 16, 17, 63, 64, 65, 300, 2048]
 BOUND = 3e-3
 
 
-def encoded(format: Format, shapes: tuple[tuple[int, int], ...], device: torch.device, seed: int = 0) -> list[QuantizedTensor]:
+def encoded(
+    format: Format, shapes: tuple[tuple[int, int], ...], device: torch.device, seed: int = 0
+) -> list[QuantizedTensor]:
     generator = torch.Generator(device).manual_seed(seed)
     return [format.encode(torch.randn(*shape, generator=generator, device=device) * 0.02) for shape in shapes]
 
@@ -99,7 +101,7 @@ def test_pairs_in_the_order_of_their_experts() -> None:
     assert pairs.tolist() == [2, 5, 1, 0, 3, 4] and offsets.tolist() == [0, 2, 3, 3, 6, 6]
 
 
-@pytest.mark.parametrize(("M", "tokens"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (5000, 128)])
+@pytest.mark.parametrize(("M", "tokens"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (129, 256), (5000, 256)])
 def test_smallest_tile_that_holds_the_tokens(M: int, tokens: int) -> None:
     assert tile.tile_tokens(M) == tokens
 
@@ -109,6 +111,7 @@ HARNESS = """
 #include <cstdio>
 #include <vector>
 #define __device__
+constexpr int CLUSTER = 1;
 struct Dim { int x; } gridDim, blockIdx;
 using std::max;
 using std::min;
@@ -148,7 +151,7 @@ def test_blocks_share_all_units_and_wait_only_for_those_with_work(tmp_path: Path
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    source = (Path(tile.__file__).parent / "tile.cu").read_text()
+    source = (Path(tile.__file__).parent / "tile_plan.cuh").read_text()
     found = re.search(r"^struct Walk \{.*?^\};", source, re.MULTILINE | re.DOTALL)
     assert found
     (tmp_path / "walk.cpp").write_text(HARNESS % found.group())
@@ -194,7 +197,10 @@ def test_sums_of_shared_tiles_do_not_vary(hopper: torch.device) -> None:
 @pytest.mark.parametrize(("E", "A", "D", "F"), [(8, 2, 512, 768), (5, 3, 768, 1152)])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 def test_experts(hopper: torch.device, format: Format, E: int, A: int, D: int, F: int) -> None:
-    experts = [(encoded(format, ((F, D), (F, D)), hopper, 2 * e), encoded(format, ((D, F),), hopper, 2 * e + 1)) for e in range(E)]
+    experts = [
+        (encoded(format, ((F, D), (F, D)), hopper, 2 * e), encoded(format, ((D, F),), hopper, 2 * e + 1))
+        for e in range(E)
+    ]
     gate_up, down = packed(experts[0][0], interleaved=True)[0], packed(experts[0][1])[0]
     records = [torch.cat((packed(first, interleaved=True)[1], packed(last)[1])) for first, last in experts]
     table = torch.tensor([record.data_ptr() for record in records], device=hopper)

@@ -18,6 +18,20 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// On the barrier at the same address in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// Wait for all threads of the cluster.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 nbytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(nbytes) : "memory");
 }
@@ -36,6 +50,15 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int colum
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
             "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// The same to each block of the cluster whose bit is set in `blocks`.
+__device__ __forceinline__ void copy_box_to(u32 to, const TensorMap* map, int column, int row, u32 barrier, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((short)blocks)
         : "memory");
 }
 
@@ -76,6 +99,10 @@ __device__ __forceinline__ void store_shared2(u32 address, u32 a, u32 b) {
 __device__ __forceinline__ void store_shared4(u32 address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+__device__ __forceinline__ void store_floats4(u32 address, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 // Four 8x8 matrices of pairs, each stored transposed; lane l gives the address of row l % 8 of matrix l / 8.

@@ -18,11 +18,23 @@ from minibble.runtime.kernels import nvrtc
 from minibble.runtime.kernels.tiles import ROWS, TileLayout, byte_levels, level_scale
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "ptx.cuh", _HERE / "wgmma.cuh", _HERE / "tile.cu")
-_BLOCK_ROWS, _THREADS, _SHARED_NBYTES = 256, 384, 232448
-TOKENS = (16, 32, 64, 128)  # of a tile
-MAX_EXPERTS = 511
-_BAND = 16  # tiles of tokens that share a pass over the weights: 25 MB of x at K = 6144, half of the L2 cache
+_SOURCES = tuple(
+    _HERE / name
+    for name in (
+        "ptx.cuh",
+        "wgmma.cuh",
+        "tile_shape.cuh",
+        "tile_plan.cuh",
+        "tile_scales.cuh",
+        "tile_store.cuh",
+        "tile.cu",
+    )
+)
+_BLOCK_ROWS, _SHARED_NBYTES = 256, 232448
+TOKENS = (16, 32, 64, 128, 256)  # of a tile
+_WIDE = 256  # tokens that two blocks make together
+MAX_EXPERTS = 256
+_BAND = 2048  # tokens that share a pass over the weights: 25 MB of x at K = 6144, half of the L2 cache
 _CHUNKS_A_BLOCK = 4  # of decode_tiles
 SLICE_NBYTES = 16 << 20  # of decoded weights at a time
 
@@ -60,14 +72,20 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and nvrtc.available() and nvrtc.is_hopper(device)
 
 
-def linear(x_MK: Tensor, data: Tensor, layout: TileLayout, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def linear(
+    x_MK: Tensor,
+    data: Tensor,
+    layout: TileLayout,
+    out_dtype: torch.dtype = torch.bfloat16,
+    tokens: int | None = None,
+) -> Tensor:
     """x W^T, bfloat16 or float32 [M, N], from x bfloat16 [M, K] and W in `layout`, uint8 [layout.nbytes]."""
     M, K = x_MK.shape
     assert K == layout.K and x_MK.dtype == torch.bfloat16 and data.numel() >= layout.nbytes
     out = torch.empty(M, layout.N, dtype=out_dtype, device=x_MK.device)
     if not M:
         return out
-    tokens = tile_tokens(M)
+    tokens = tokens or tile_tokens(M)
     units = -(-M // tokens) * _row_tiles(layout) * layout.chunks * 4
     _launch(
         _kernel(layout, tokens, out_float=out_dtype == torch.float32),
@@ -76,7 +94,7 @@ def linear(x_MK: Tensor, data: Tensor, layout: TileLayout, out_dtype: torch.dtyp
         layout,
         tokens,
         matrices=data,
-        grid=min(_multiprocessors(x_MK.device.index), -(-units // 4)),
+        most=-(-units // 4),
     )
     return out
 
@@ -126,6 +144,7 @@ def grouped(
     pairs: Tensor | None = None,
     weights: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    tokens: int | None = None,
 ) -> Tensor:
     """Each expert's matrix, `start` bytes after its address, times its rows of x: offsets[e] .. offsets[e + 1].
 
@@ -135,7 +154,7 @@ def grouped(
     P = len(x_PK)
     N = layout.N // 2 if silu else layout.N
     out = torch.empty(P, N, dtype=out_dtype, device=x_PK.device)
-    tokens = tile_tokens(-(-P // len(records_E)))
+    tokens = tokens or tile_tokens(-(-P // len(records_E)))
     _launch(
         _kernel(layout, tokens, out_dtype == torch.float32, grouped=True, silu=silu, scattered=pairs is not None),
         _aligned(x_PK),
@@ -143,7 +162,6 @@ def grouped(
         layout,
         tokens,
         matrices=records_E,
-        grid=_multiprocessors(x_PK.device.index),
         matrix_start=start,
         offsets=offsets.data_ptr(),
         experts=len(records_E),
@@ -155,7 +173,7 @@ def grouped(
 
 def tile_tokens(M: int) -> int:
     """Tokens of a tile for M of them."""
-    return next((tokens for tokens in TOKENS if M <= tokens), TOKENS[-1])
+    return next((tokens for tokens in TOKENS if tokens >= M), TOKENS[-1])
 
 
 def decode_tiles(
@@ -219,11 +237,13 @@ def _launch(
     layout: TileLayout,
     tokens: int,
     matrices: Tensor,
-    grid: int,
+    most: int | None = None,
     **more: int,
 ) -> None:
-    """Launch on the device of x. The last axis of `out` is what the kernel calls N."""
+    """Launch on the device of x, at `most` so many clusters. The last axis of `out` is what the kernel calls N."""
     device = x.device
+    cluster = 2 if tokens == _WIDE else 1
+    clusters = _multiprocessors(device.index) // cluster
     partials, flags = _workspace(device)
     problem = _Problem(
         out=out.data_ptr(),
@@ -241,12 +261,13 @@ def _launch(
         tiles=layout.tiles,
         chunks=layout.chunks,
         chunk_nbytes=layout.chunk_nbytes,
-        band=_BAND,
+        band=_BAND // tokens,
         **more,
     )
     with torch.cuda.device(device):
-        x_map = _tensor_map(x.data_ptr(), *x.shape, tokens)
-        kernel.launch(grid, _THREADS, [x_map, problem], _SHARED_NBYTES)
+        x_map = _tensor_map(x.data_ptr(), *x.shape, 64 if tokens == _WIDE else tokens)
+        grid = cluster * min(clusters, most or clusters)
+        kernel.launch(grid, 640 if tokens <= 64 else 384, [x_map, problem], _SHARED_NBYTES, cluster=cluster)
 
 
 @cache
@@ -286,8 +307,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 @lru_cache(1024)
-def _tensor_map(address: int, rows: int, columns: int, tokens: int) -> _TensorMap:
-    """Of bfloat16 [rows, columns] in boxes of `tokens` x 64, swizzled by 128 bytes; zeros beyond its edges."""
+def _tensor_map(address: int, rows: int, columns: int, box: int) -> _TensorMap:
+    """Of bfloat16 [rows, columns] in boxes of `box` x 64, swizzled by 128 bytes; zeros beyond its edges."""
     from cuda.bindings import driver
 
     status, made = driver.cuTensorMapEncodeTiled(
@@ -296,7 +317,7 @@ def _tensor_map(address: int, rows: int, columns: int, tokens: int) -> _TensorMa
         address,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
         [driver.cuuint64_t(2 * columns)],
-        [driver.cuuint32_t(64), driver.cuuint32_t(tokens)],
+        [driver.cuuint32_t(64), driver.cuuint32_t(box)],
         [driver.cuuint32_t(1), driver.cuuint32_t(1)],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -330,8 +351,8 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     if key in _WORKSPACES:
         return _WORKSPACES[key]
     blocks = _multiprocessors(device.index)
-    partials = torch.empty(blocks * _BLOCK_ROWS * TOKENS[-1], dtype=torch.float32, device=device)
-    made = partials, torch.zeros(2 * blocks, dtype=torch.int32, device=device)
+    partials = torch.empty(blocks * _BLOCK_ROWS * 128, dtype=torch.float32, device=device)
+    made = partials, torch.zeros(4 * blocks, dtype=torch.int32, device=device)
     if not torch.cuda.is_current_stream_capturing():
         _WORKSPACES[key] = made
     return made

@@ -1,0 +1,55 @@
+// Sizes of tile.cu, and what lies where in its shared memory. Macros: see there.
+
+constexpr bool WIDE = TOKENS == 256;
+constexpr int CLUSTER = WIDE ? 2 : 1;  // blocks that make a tile of 256 rows together
+// Few tokens leave registers for four warpgroups, which hide each other's waits; 256 need a warp to have 16 rows only.
+constexpr int CONSUMERS = TOKENS <= 64 ? 16 : 8;  // warps
+constexpr int PARTS = TOKENS == 128 ? 2 : 1;      // of 16 rows, of a warp
+constexpr int ROWS = 16 * PARTS * CONSUMERS;      // of a block
+constexpr int TILES = ROWS / 32;
+constexpr int THREADS = 128 + 32 * CONSUMERS;
+constexpr int REGISTERS = WIDE ? 224 : TOKENS == 128 ? 208 : TOKENS == 64 ? 104 : 96;  // of a thread that multiplies
+constexpr int COPY_REGISTERS = TOKENS <= 64 ? 480 - 4 * REGISTERS : 504 - 2 * REGISTERS;  // of the others
+constexpr int SCALE_WARPS = 3;
+constexpr int CODES_NBYTES = 4096;                  // of a chunk of 32 rows x 256 columns
+constexpr int SCALE_BLOCKS = 256 / SCALE_COLUMNS;   // in a row of a chunk
+constexpr int SCALES = SCALE_COLUMNS < 64 ? 2 : 1;  // in 64 columns of a row
+constexpr int SCALE_SLOTS = 3;
+constexpr int SCALE_SLOT_NBYTES = ROWS * SCALE_BLOCKS * 4;
+constexpr int MAX_EXPERTS = 256;
+
+// The table of levels lies at a multiple of its size, so that a byte's entry is found by OR.
+constexpr int SHARED_START = 1024;  // what the system keeps on sm_90
+constexpr int SHARED_NBYTES = 232448;
+constexpr int TABLE_NBYTES = NF4 ? 32768 : 0;
+constexpr int STARTS_AT = 512;
+constexpr int MAP_AT = STARTS_AT + (GROUPED ? 4 * MAX_EXPERTS + 512 : 0);
+constexpr int SCALES_AT = MAP_AT + (NESTED ? 1024 : 0);
+constexpr bool SWAPPED = SILU && PARTS == 1;              // gate and up are two warps'
+constexpr bool TURNED_16 = SILU || PARTS == 1;            // the output is turned 16 rows at a time, not 32
+constexpr int STAGING_PITCH = TURNED_16 ? 48 : 80;        // bytes of a token, and a step that spreads tokens over all banks
+constexpr int STAGING_NBYTES = SWAPPED ? 1024 : 16 * STAGING_PITCH;  // of a warp: 16 tokens
+constexpr int STAGING_AT = SCALES_AT + SCALE_SLOTS * SCALE_SLOT_NBYTES;
+constexpr int SMALL_END = STAGING_AT + (OUT_FLOAT ? 0 : CONSUMERS * STAGING_NBYTES);
+constexpr int TABLE_AT = TABLE_NBYTES - SHARED_START;
+constexpr int STAGES_AT = NF4 ? TABLE_AT + TABLE_NBYTES : (SMALL_END + 1023) / 1024 * 1024;
+constexpr int BOX_TOKENS = WIDE ? 64 : TOKENS;  // that one copy brings
+constexpr int X_NBYTES = TOKENS * 128;
+constexpr int STAGE_NBYTES = X_NBYTES + ROWS * 32;
+constexpr int STAGES_THAT_FIT = (SHARED_NBYTES - STAGES_AT) / STAGE_NBYTES;
+constexpr int STAGES = STAGES_THAT_FIT < 24 ? STAGES_THAT_FIT : 24;
+static_assert(!NF4 || SMALL_END <= TABLE_AT);
+static_assert(8 * (2 * STAGES + 2 * SCALE_SLOTS) <= STARTS_AT);
+
+__device__ __forceinline__ u32 full_at(u32 base, u32 stage) { return base + 8 * stage; }
+__device__ __forceinline__ u32 empty_at(u32 base, u32 stage) { return base + 8 * (STAGES + stage); }
+__device__ __forceinline__ u32 scales_full_at(u32 base, u32 slot) { return base + 8 * (2 * STAGES + slot); }
+__device__ __forceinline__ u32 scales_empty_at(u32 base, u32 slot) { return base + 8 * (2 * STAGES + SCALE_SLOTS + slot); }
+
+struct Ring {
+    u32 index = 0, phase = 0;
+    template <int N>
+    __device__ __forceinline__ void step() {
+        if (++index == N) index = 0, phase ^= 1;
+    }
+};

@@ -1,0 +1,168 @@
+// What happens to the sums of a tile: handed to another block, taken from others, written to the output.
+
+struct Sums {
+    float part[PARTS][TOKENS / 2];  // [16 rows][tokens]
+
+    __device__ __forceinline__ void fence() {
+#pragma unroll
+        for (int i = 0; i < PARTS * TOKENS / 2; i++) keep(part[i / (TOKENS / 2)][i % (TOKENS / 2)]);
+    }
+};
+
+// Sums of another block's share of the tile, float4 [PARTS * TOKENS / 8][multiplying threads].
+__device__ __forceinline__ float4* partial_of(const Problem& p, int block, int thread) {
+    return (float4*)(p.partials + (u64)block * ROWS * TOKENS) + thread;
+}
+
+__device__ __forceinline__ void hand_over(const Problem& p, const Sums& sums, int thread) {
+    float4* to = partial_of(p, blockIdx.x, thread);
+#pragma unroll
+    for (int i = 0; i < PARTS * TOKENS / 8; i++) {
+        const float* from = sums.part[i / (TOKENS / 8)] + 4 * (i % (TOKENS / 8));
+        __stcg(to + 32 * CONSUMERS * i, make_float4(from[0], from[1], from[2], from[3]));
+    }
+    named_barrier(1 + thread / 128, 128);
+    if (thread % 128 == 0) publish(p.flags + 4 * blockIdx.x + thread / 128);
+}
+
+// Add the sums of the blocks that made the tile's first columns, the last of them first.
+__device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thread, const Walk& walk) {
+    for (int member = (int)blockIdx.x / CLUSTER - 1;; member--) {
+        int block = member * CLUSTER + blockIdx.x % CLUSTER;
+        if (thread % 128 == 0) await(p.flags + 4 * block + thread / 128);
+        named_barrier(1 + thread / 128, 128);
+        const float4* from = partial_of(p, block, thread);
+#pragma unroll
+        for (int i = 0; i < PARTS * TOKENS / 8; i++) {
+            float* to = sums.part[i / (TOKENS / 8)] + 4 * (i % (TOKENS / 8));
+            float4 v = __ldcg(from + 32 * CONSUMERS * i);
+            to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+        }
+        if (walk.first_unit(member) <= walk.now * walk.blocks) return;
+    }
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+__device__ __forceinline__ u64 output_row(const Problem& p, int token) { return SCATTERED ? p.pairs[token] : token; }
+
+// Eight neighbouring outputs of a token.
+__device__ __forceinline__ void store_eight(const Problem& p, uint4 v, int token, int n) {
+    unsigned short* to = (unsigned short*)p.out + output_row(p, token) * p.N + n;
+    if (n + 8 <= p.N && p.N % 8 == 0) {
+        *(uint4*)to = v;
+        return;
+    }
+    u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (n + i < p.N) to[i] = (unsigned short)(words[i / 2] >> 16 * (i & 1));
+}
+
+__device__ __forceinline__ void apply_weights(const Problem& p, Sums& sums, const Place& place) {
+    int t = threadIdx.x & 3;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++) {
+        int token = place.token + 8 * i + 2 * t;
+        float even = token < place.tokens ? p.weights[p.pairs[token]] : 0.0f;
+        float odd = token + 1 < place.tokens ? p.weights[p.pairs[token + 1]] : 0.0f;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            float* s = sums.part[part] + 4 * i;
+            s[0] *= even, s[1] *= odd, s[2] *= even, s[3] *= odd;
+        }
+    }
+}
+
+__device__ __forceinline__ void store_float(const Problem& p, const Sums& sums, const Place& place, int row) {
+    int lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) {
+        int token = place.token + 8 * (i / 4) + 2 * t + (i & 1), n = row + g + 8 * (i >> 1 & 1);
+        if (token >= place.tokens) continue;
+        float* to = (float*)p.out + output_row(p, token) * p.N + n;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+            if (n + 16 * part < p.N) to[16 * part] = sums.part[part][i];
+    }
+}
+
+// 16 rows of W of 16 tokens, eight sums of a lane, turned in the warp's own shared memory to rows of the output.
+__device__ __forceinline__ void store_16_rows(const Problem& p, const float (&s)[8], int token, int tokens, int row,
+                                              u32 staging) {
+    int lane = threadIdx.x & 31, mine = token + lane / 2;
+    __syncwarp();
+    store_matrices_transposed(staging + (8 * (lane >> 4) + (lane & 7)) * STAGING_PITCH + 16 * (lane >> 3 & 1),
+                              pair_of(s[0], s[1]), pair_of(s[2], s[3]), pair_of(s[4], s[5]), pair_of(s[6], s[7]));
+    __syncwarp();
+    uint4 values = load_shared4(staging + lane / 2 * STAGING_PITCH + 16 * (lane & 1));
+    if (mine < tokens) store_eight(p, values, mine, row + 8 * (lane & 1));
+}
+
+// The same of 32 rows.
+__device__ __forceinline__ void store_32_rows(const Problem& p, const float* a, const float* b, int token, int tokens,
+                                              int row, u32 staging) {
+    int lane = threadIdx.x & 31;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 8; j += 4)
+        store_matrices_transposed(staging + (2 * j + (lane & 7)) * STAGING_PITCH + 16 * (lane >> 3),
+                                  pair_of(a[j], a[j + 1]), pair_of(a[j + 2], a[j + 3]), pair_of(b[j], b[j + 1]),
+                                  pair_of(b[j + 2], b[j + 3]));
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        int local = 8 * j + lane / 4;
+        uint4 values = load_shared4(staging + local * STAGING_PITCH + 16 * (lane & 3));
+        if (token + local < tokens) store_eight(p, values, token + local, row + 8 * (lane & 3));
+    }
+}
+
+#if SILU && TOKENS != 128
+// A warp holds gate, its neighbour up of the same rows: they swap halves, 16 tokens of each 32, and 16 of 16.
+__device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
+    int lane = threadIdx.x & 31, pair = (threadIdx.x - 128) / 64;
+    bool up = threadIdx.x & 32;
+    u32 mine = staging + 16 * lane, other = mine + (up ? -STAGING_NBYTES : STAGING_NBYTES);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 32; i++) {
+        int token = place.token + 32 * i;
+        if (token >= place.tokens) continue;
+        const float* s = sums.part[0] + 16 * i;
+        float kept[8], given[8], made[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) kept[j] = up ? s[8 + j] : s[j], given[j] = up ? s[j] : s[8 + j];
+        __syncwarp();
+        store_floats4(mine, given[0], given[1], given[2], given[3]);
+        store_floats4(mine + 512, given[4], given[5], given[6], given[7]);
+        named_barrier(8 + pair, 64);
+        uint4 got[2] = {load_shared4(other), load_shared4(other + 512)};
+        u32 words[8] = {got[0].x, got[0].y, got[0].z, got[0].w, got[1].x, got[1].y, got[1].z, got[1].w};
+        named_barrier(8 + pair, 64);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float theirs = __uint_as_float(words[j]);
+            made[j] = silu(up ? theirs : kept[j]) * (up ? kept[j] : theirs);
+        }
+        store_16_rows(p, made, token + (up ? 16 : 0), place.tokens, row, staging);
+    }
+}
+#else
+__device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 16; i++) {
+        int token = place.token + 16 * i;
+        if (token >= place.tokens) continue;
+        const float* a = sums.part[0] + 8 * i;
+        const float* b = sums.part[PARTS - 1] + 8 * i;
+        if (PARTS == 2 && !SILU) {
+            store_32_rows(p, a, b, token, place.tokens, row, staging);
+        } else {
+            float made[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) made[j] = SILU ? silu(a[j]) * b[j] : a[j];
+            store_16_rows(p, made, token, place.tokens, row, staging);
+        }
+    }
+}
+#endif
