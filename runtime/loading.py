@@ -17,7 +17,7 @@ from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.moe import MoE
-from minibble.runtime.plan import held_dtype, plan_memory
+from minibble.runtime.plan import Source, held_dtype, plan_memory
 
 if TYPE_CHECKING:
     from minibble.runtime.kernels.moe4.table import ExpertTable
@@ -45,10 +45,10 @@ def load(
     dtype = dtype or best_dtype(device)
     plan_memory(checkpoint, device, dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
     model = MiniMaxForCausalLM(checkpoint.config, dtype)
-    tables = _expert_tables(model, checkpoint, device)
+    tables = expert_tables(model, checkpoint, device)
     for module, names in by_module(checkpoint.config):
         specs = [checkpoint.specs[name] for name in names]
-        _fill(model, module, specs, [checkpoint.read(spec) for spec in specs], device, tables)
+        fill(model, module, specs, [checkpoint.read(spec) for spec in specs], device, tables)
     for moe, table in tables.items():
         moe.set_packed(table)
     _check_complete(model)
@@ -82,14 +82,14 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
-def _expert_tables(model: MiniMaxForCausalLM, checkpoint: Checkpoint, device: torch.device) -> "dict[MoE, ExpertTable]":
+def expert_tables(model: MiniMaxForCausalLM, source: Source, device: torch.device) -> "dict[MoE, ExpertTable]":
     """Room for the experts of the layers whose experts are all 4-bit, where kernels for their records run."""
-    config, format = checkpoint.config, checkpoint.format
+    config, format = source.config, source.format
     if device.type != "cuda" or format is None:
         return {}
     from minibble.runtime.kernels.moe4.table import ExpertTable
 
-    wide = {s.layer for s in checkpoint.inventory if s.role == "expert" and s.name not in checkpoint.quantized}
+    wide = {s.layer for s in source.inventory if s.role == "expert" and s.name not in source.quantized}
     shape = (config.num_experts, config.hidden_size, config.intermediate_size)
     tables = {
         layer.moe: ExpertTable.empty(*shape, format, model.dtype, device)
@@ -99,7 +99,7 @@ def _expert_tables(model: MiniMaxForCausalLM, checkpoint: Checkpoint, device: to
     return {moe: table for moe, table in tables.items() if table is not None}
 
 
-def _fill(
+def fill(
     model: MiniMaxForCausalLM,
     name: str,
     specs: list[TensorSpec],

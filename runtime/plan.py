@@ -26,12 +26,19 @@ CUBLAS_NBYTES = 32 << 20  # what cuBLAS takes for itself on Hopper through torch
 
 
 class Source(Protocol):
-    """What the plan reads of a checkpoint: its inventory, and which tensors are 4-bit in which format."""
+    """What planning and loading read of a checkpoint: its inventory, and which tensors are 4-bit in which format."""
 
-    config: ModelConfig
-    inventory: tuple[TensorSpec, ...]
-    quantized: frozenset[str]
-    format: Format | None
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def inventory(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def quantized(self) -> frozenset[str]: ...
+
+    @property
+    def format(self) -> Format | None: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
 from minibble.runtime.layout import by_module
-from minibble.runtime.loading import _expert_tables, _fill
+from minibble.runtime.loading import expert_tables, fill
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.state import HybridState
 
@@ -52,10 +52,10 @@ def random_model(config: ModelConfig, format: Format, device: torch.device, seed
     generator = generator_on(device, seed)
     source = _Source(config, inventory(config), format)
     specs = {spec.name: spec for spec in source.inventory}
-    tables = _expert_tables(model, source, device)  # type: ignore[arg-type]
+    tables = expert_tables(model, source, device)
     for module, names in by_module(config):
         chosen = [specs[name] for name in names]
-        _fill(model, module, chosen, [_part(spec, format, device, generator) for spec in chosen], device, tables)
+        fill(model, module, chosen, [_part(spec, format, device, generator) for spec in chosen], device, tables)
     for moe, table in tables.items():
         moe.set_packed(table)
     return model.eval().requires_grad_(False)  # type: ignore[return-value]

@@ -1,0 +1,111 @@
+"""Quality through the GPU's kernels beside that through the reference ones.
+
+    python benchmarks/quality_gpu.py SOURCE --text FILE [--calibration FILE] [--windows 64]
+
+SOURCE becomes NF4, and with --calibration int4 too. Each is scored against SOURCE three times on the same windows: by
+the reference kernels, by the kernels for many tokens (a window at once), and, on fewer windows, by a graph a token.
+Gate: each KL divergence within 1 % of the reference kernels' on the same windows.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibble.calibrate.job import quantize
+from minibble.runtime import evaluate as scoring
+from minibble.runtime.bench import gpu
+from minibble.runtime.loading import load
+from minibble.runtime.model import MiniMaxForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+BOUND = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--single-windows", type=int, default=8, help="windows that go token by token")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    device = gpu.the_gpu()
+    result: dict[str, Any] = {"source": options.source.name, "hardware": gpu.hardware(device), "formats": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        nf4 = Path(folder) / "nf4"
+        quantize(options.source, nf4, device=str(device))
+        result["formats"]["nf4-dq"] = measure(nf4, options, device)
+        if options.calibration is not None:
+            int4 = Path(folder) / "int4"
+            quantize(options.source, int4, method="gptq", calibration=options.calibration, device=str(device))
+            result["formats"]["int4-g128"] = measure(int4, options, device)
+    gpu.write_result(gpu.result_path(options.out, "quality_gpu", result["hardware"]["gpu"]), result)
+    for name, row in result["formats"].items():
+        print(name, row)
+        worst = max(abs(row["many_tokens_ratio"] - 1), abs(row["single_tokens_ratio"] - 1))
+        assert worst < BOUND, f"{name}: KL divergence {worst:.2%} from the reference kernels'"
+
+
+def measure(path: Path, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Scores by each set of kernels, and KL divergences over that of the reference kernels."""
+    with reference_kernels():
+        reference = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.windows)
+        few = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.single_windows)
+    many = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.windows)
+    single = kl_by_single_tokens(path, options, device)
+    assert reference.kl and few.kl and many.kl
+    return {
+        "reference": asdict(reference),
+        "many_tokens": asdict(many),
+        "many_tokens_ratio": many.kl / reference.kl,
+        "single_tokens": {"windows": options.single_windows, "kl": single, "reference_kl": few.kl},
+        "single_tokens_ratio": single / few.kl,
+    }
+
+
+@torch.no_grad()
+def kl_by_single_tokens(path: Path, options: argparse.Namespace, device: torch.device) -> float:
+    """Mean KL divergence of decode steps, all windows at once, from SOURCE's predictions by the reference kernels."""
+    model = load(path, device=device)
+    windows = torch.stack(scoring._windows(model, options.text, 512, options.single_windows)).to(device)
+    with reference_kernels():
+        source = load(options.source, device=device)
+        theirs = torch.stack([source(window[None], use_cache=False).logits[0, :-1] for window in windows])
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for position, own in enumerate(steps(model, windows[:, :-1])):
+        p, q = theirs[:, position].log_softmax(-1), own.log_softmax(-1)
+        total += (p.exp() * (p - q)).double().sum()
+    assert model.decode_path().get("graph", 0) > windows.shape[1] - 8, f"no graphs: {model.decode_path()}"
+    return float(total) / (len(windows) * (windows.shape[1] - 1))
+
+
+def steps(model: MiniMaxForCausalLM, ids_BT: Tensor) -> Iterator[Tensor]:
+    """Logits [B, V] after each token, fed one by one."""
+    state = None
+    for position in range(ids_BT.shape[1]):
+        output = model(ids_BT[:, position : position + 1], past_key_values=state, use_cache=True)
+        state = output.past_key_values
+        yield output.logits[:, -1]
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Everything loaded and run within goes through the reference kernels."""
+    os.environ["MINIBBLE_KERNELS"] = "reference"
+    try:
+        yield
+    finally:
+        del os.environ["MINIBBLE_KERNELS"]
+
+
+if __name__ == "__main__":
+    main()
