@@ -22,7 +22,7 @@ from minibble.runtime.bench.kernels import FORMATS
 from minibble.runtime.bench.layers import PATTERN, random_model, real_config
 from minibble.runtime.bench.whole import check_layers, kernel_times_us
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.plan import PREFILL_CHUNK
+from minibble.runtime.plan import PREFILL_CHUNK_CUDA
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = 80  # of the released model
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=len(PATTERN), help="fewer where memory is short")
     parser.add_argument(
-        "--chunks", default=f"{PREFILL_CHUNK},8192", help="tokens at a time; the first is the model's own"
+        "--chunks", default=f"{PREFILL_CHUNK_CUDA},8192", help="tokens at a time; the first is the model's own"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()

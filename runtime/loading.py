@@ -17,7 +17,7 @@ from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.moe import MoE
-from minibble.runtime.plan import Source, held_dtype, plan_memory
+from minibble.runtime.plan import Source, default_prefill_chunk, held_dtype, plan_memory
 
 if TYPE_CHECKING:
     from minibble.runtime.kernels.moe4.table import ExpertTable
@@ -45,6 +45,7 @@ def load(
     dtype = dtype or best_dtype(device)
     plan_memory(checkpoint, device, dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
     model = MiniMaxForCausalLM(checkpoint.config, dtype)
+    model.prefill_chunk = default_prefill_chunk(device)
     tables = expert_tables(model, checkpoint, device)
     for module, names in by_module(checkpoint.config):
         specs = [checkpoint.specs[name] for name in names]
