@@ -91,7 +91,7 @@ def test_cuts() -> None:
         whole = (cuts.segments - 1) * cuts.each * cuts.piece
         assert cuts.piece % 64 == 0 and whole < tokens <= whole + cuts.each * cuts.piece
         assert cuts.segments == 1 or rows * cuts.segments <= processors
-    assert cut(8192, 64, 264) == (4, 2, 1024)
+    assert cut(8192, 64, 264) == (4, 1, 2048)
 
 
 Made = tuple[Tensor, Tensor]
@@ -130,7 +130,7 @@ def check_interpreted() -> None:
         with poisoned():
             o = decode(made[0][:, 0], made[1], state, made[3], EPS)
         compare((o.unsqueeze(1), state), expected(made))
-    cuts.LEAST_SEGMENT = 64
+    cuts.LEAST_SEGMENT = cuts.LEAST_PIECE = 64
     sizes = [(1, 1, 3, 16, 1), (2, 65, 3, 16, 1), (2, 300, 3, 16, 20), (1, 130, 2, 32, 5), (2, 63, 3, 24, 1)]
     for (B, T, heads, dim, processors), padded in product([*sizes, (1, 70, 1, 128, 2)], (False, True)):
         made = rounded(case(B, T, H=heads, K=dim))
@@ -211,9 +211,9 @@ def test_cuda_prefill(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("scale", "shift"), [(1e-2, 0), (10, 0), (1000, 0), (1, -3), (1, 3)])
 def test_cuda_prefill_of_any_magnitude(cuda_device: torch.device, scale: float, shift: float) -> None:
-    """Scores up to 1e8 and states up to 1e9: float16 alone would have no room for them."""
+    """Scores up to 1e8 and states up to 1e9: float16 alone would have no room for them. All state is the tokens'."""
     projected, slope, state, norm = case(1, 700, H=3, K=128)
-    made = rounded(((projected + shift) * scale, slope, state, norm), cuda_device)
+    made = rounded(((projected + shift) * scale, slope, torch.zeros_like(state), norm), cuda_device)
     right = expected(made)
     with poisoned(), torch.no_grad():
         ours = lightning.gated(made[0], made[1], made[2].clone(), made[3], EPS, None)

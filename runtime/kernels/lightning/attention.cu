@@ -1,23 +1,28 @@
-// Lightning attention of many tokens for heads of 128: what prefill.py's Triton kernels do, with the work of a block of
-// 64 tokens laid out by hand. Axes: H heads, t tokens of a block, i features of q and k, j features of v.
+// Lightning attention of many tokens for heads of 128 on Hopper: what prefill.py's Triton kernels do, with the work of
+// a block of 64 tokens laid out by hand. Axes: H heads, t tokens of a block (s those before t), i features of q and k,
+// j features of v.
 //
-// Four warps, two blocks of threads to an SM. A warp owns 32 columns j of the state and holds them transposed, S^T[j][i],
-// as float32 sums of m16n8k16 products. So held, two neighbours rounded to a pair are at once an operand of q S: the
-// state passes through no memory. q, k and v lie in shared memory where the copy of their bfloat16 put them, turned in
-// place into silu as float16, while the next block is copied beside. A row's 16-byte chunks are exchanged by its number,
-// so that eight rows' chunks of one number lie in different banks.
+// Four warps, one to a quarter of an SM, two blocks of threads to an SM. A warp owns 32 columns j of the state and
+// holds them transposed, S^T[j][i], as float32 sums of wgmma. So held, two neighbours rounded to a pair are at once an
+// operand of o^T = S^T q^T: the state passes through no memory. q, k and v lie in shared memory where the copy of their
+// bfloat16 put them, turned in place into silu as float16, while the next block is copied beside. A tile is halves of
+// 64 columns, whose rows of 128 bytes have their 16-byte chunks exchanged by the row's number, as wgmma wants them
+// (128B swizzle).
 //
-// float16 has 11 bits but little range. So q and k of a block are divided by their largest magnitudes, and the state by a
-// unit under which its products cannot overflow; v by what makes k v one of these. Loops stay rolled where registers
-// allow: straight on, the block's 4,800 instructions came no faster than a third of the time from the cache.
+// float16 has 11 bits but little range. So q and k of a block are divided by their largest magnitudes, and the state by
+// a unit under which its products cannot overflow; v by what makes k v one of these. Loops stay rolled where registers
+// allow: straight on, a block's 4,800 instructions spent a fifth of the time waiting for the instruction cache.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int K = 128, TOKENS = 64, THREADS = 128;
-constexpr u32 TILE = TOKENS * K * 2;  // bytes of q, k or v
+constexpr int H = HEADS, K = 128, TOKENS = 64, THREADS = 128;
+constexpr int TOKEN = 4 * H * K;      // elements from one token of the projections to the next
+constexpr u32 ROW = 128;              // bytes
+constexpr u32 HALF = TOKENS * ROW;    // of 64 columns of q, k or v, and of the scores
+constexpr u32 TILE = 2 * HALF;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LEAST_UNIT = 1e-12f;       // what zeros are divided by
 constexpr float LARGEST_STATE = 16384.f;  // in its unit, before a block's own products are added
@@ -74,16 +79,9 @@ __device__ __forceinline__ u32 silu_pair(u32 x, float factor) {
     return half_pair(fmaf(x0, t0, x0), fmaf(x1, t1, x1));
 }
 
+// Of magnitudes, whose bits are ordered as they are.
 __device__ __forceinline__ float largest_in_warp(float x) {
-    for (int lanes = 16; lanes; lanes >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
-    return x;
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
 }
 
 __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
@@ -93,15 +91,98 @@ __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
                  : "memory");
 }
 
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// What the matrix units read of a tile: `across` is the distance of its halves where columns are the outer axis.
+__device__ __forceinline__ u64 descriptor(u32 tile, u32 across = 16) {
+    return 1ull << 62 | (u64)(8 * ROW >> 4) << 32 | (u64)(across >> 4) << 16 | (tile & 0x3FFFF) >> 4;
+}
+
+// Of columns 16 step to 16 step + 15.
+__device__ __forceinline__ u64 columns(u64 tile, int step) {
+    return tile + (step / 4 * HALF + step % 4 * 32 >> 4);
+}
+
+// The products wgmma may begin to read registers and shared memory; all of a group; all but the last `LEFT` groups.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Ordinary writes to shared memory come before what the matrix units read of it.
+__device__ __forceinline__ void publish() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+}
+
+// d = a b^T, added to d if KEEP: 64 rows of a tile and 64 of another; 64 rows in registers and 64 of a tile. And
+// d = a b, 64 rows in registers and 16 of a tile.
+template <int KEEP>
+__device__ __forceinline__ void multiply_tiles(float (&d)[32], u64 a, u64 b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, p, 1, 1, 0, 0;}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(a), "l"(b), "n"(KEEP));
+}
+
+template <int KEEP>
+__device__ __forceinline__ void multiply_rows(float (&d)[32], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(KEEP));
+}
+
+template <int KEEP>
+__device__ __forceinline__ void multiply_columns(float (&d)[64], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "
+        "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),
+          "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),
+          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
+          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(KEEP));
 }
 
 // Where 16-byte chunk `chunk` of row `row` of q, k, v or o lies in its tile.
-__device__ __forceinline__ u32 place(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
+__device__ __forceinline__ u32 place(int row, int chunk) {
+    return chunk / 8 * HALF + row * ROW + ((chunk % 8 ^ (row & 7)) << 4);
+}
 
 __device__ __forceinline__ uint4 read(u32 address) {
     uint4 x;
@@ -117,15 +198,10 @@ __device__ __forceinline__ void write(u32 address, uint4 x) {
                  : "memory");
 }
 
-__device__ __forceinline__ void write(u32 address, u32 x) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
 // The tokens of a head and which of them are real.
 struct Tokens {
     const u16* x;     // q of the first one
     const u8* valid;  // of the first one; null where all are real
-    long long row;    // elements between tokens
     int count;
 
     // Bit t: whether token `start` + t is real.
@@ -144,17 +220,16 @@ struct Tokens {
     __device__ __forceinline__ void copy(u32 to, int start, u64 real) const {
         int t = threadIdx.x >> 4, chunk = threadIdx.x & 15;
         to += place(t, chunk);
-        const u16* from = x + (start + t) * row + (3 - MATRICES) * K + chunk * 8;
+        const u16* from = x + (long long)(start + t) * TOKEN + (3 - MATRICES) * K + chunk * 8;
         real >>= t;
-#pragma unroll 2
+#pragma unroll
         for (int step = 0; step < TOKENS / 8; step++) {
-            bool is_real = real & 1;
+            bool is_real = real >> 8 * step & 1;
 #pragma unroll
             for (int m = 0; m < MATRICES; m++)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + m * TILE),
-                             "l"((is_real ? from : x) + m * K), "r"(is_real ? 16 : 0)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + m * TILE + step * 8 * ROW),
+                             "l"(from + step * 8 * TOKEN + m * K), "r"(is_real ? 16 : 0)
                              : "memory");
-            to += 8 * 256, from += 8 * row, real >>= 8;
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
@@ -165,13 +240,13 @@ struct Units {
     float q, k, v;
 };
 
-// The largest magnitudes of a block, of which each thread sees its part; the last MATRICES of q, k and v lie at `stage`.
-// Contains a barrier.
+// The largest magnitudes of a block, of which each thread sees its part; the last MATRICES of q, k and v lie at
+// `stage`. Contains a barrier.
 template <int MATRICES>
 __device__ __forceinline__ Units largest(u32 stage, float (*shared)[4]) {
     u32 most[MATRICES] = {}, at = stage + place(threadIdx.x >> 4, threadIdx.x & 15);
-#pragma unroll 2
-    for (int step = 0; step < TOKENS / 8; step++, at += 8 * 256)
+#pragma unroll 4
+    for (int step = 0; step < TOKENS / 8; step++, at += 8 * ROW)
 #pragma unroll
         for (int m = 0; m < MATRICES; m++) {
             uint4 x = read(at + m * TILE);
@@ -198,19 +273,22 @@ template <int MATRICES>
 __device__ __forceinline__ void activate(u32 stage, float q_factor, float k_factor, float v_factor) {
     u32 at = stage + place(threadIdx.x >> 4, threadIdx.x & 15);
     float factors[3] = {q_factor, k_factor, v_factor};
-#pragma unroll 1
-    for (int step = 0; step < TOKENS / 8; step++, at += 8 * 256) {
-        uint4 x[MATRICES];
+    uint4 x[MATRICES], next[MATRICES];
 #pragma unroll
-        for (int m = 0; m < MATRICES; m++) x[m] = read(at + m * TILE);
+    for (int m = 0; m < MATRICES; m++) x[m] = read(at + m * TILE);
+#pragma unroll 1
+    for (int step = 0; step < TOKENS / 8; step++, at += 8 * ROW) {
+        if (step + 1 < TOKENS / 8)  // on their way meanwhile
+#pragma unroll
+            for (int m = 0; m < MATRICES; m++) next[m] = read(at + 8 * ROW + m * TILE);
 #pragma unroll
         for (int m = 0; m < MATRICES; m++) {
             float factor = factors[3 - MATRICES + m];
             x[m].x = silu_pair(x[m].x, factor), x[m].y = silu_pair(x[m].y, factor);
             x[m].z = silu_pair(x[m].z, factor), x[m].w = silu_pair(x[m].w, factor);
+            write(at + m * TILE, x[m]);
+            x[m] = next[m];
         }
-#pragma unroll
-        for (int m = 0; m < MATRICES; m++) write(at + m * TILE, x[m]);
     }
 }
 
@@ -228,8 +306,9 @@ struct Range {
     }
 };
 
-// S^T of a warp: element (j, i) with j = 32 warp + 16 m + lane / 4 + 8 (e / 2), i = 8 n + 2 (lane % 4) + e % 2.
-typedef float State[2][16][4];
+// S^T of a warp: element (j, i) with j = 32 warp + 16 m + lane / 4 + 8 (e / 2), i = 8 n + 2 (lane % 4) + e % 2, as
+// [m][4 n + e]: the sums of two products whose rows are 16 of each warp.
+typedef float State[2][64];
 
 #define FOR_STATE                      \
     _Pragma("unroll") for (int m = 0; m < 2; m++) \
@@ -242,49 +321,44 @@ __device__ __forceinline__ int state_offset(int m, int n, int e) {
     return i * K + j;
 }
 
-// Where a lane's row of the four 8x8 matrices of a 16x16 tile begins: rows 0-7, rows 8-15, then both of the next chunk;
-// or rows 0-7 of both chunks, then rows 8-15. Other chunks are one exclusive or away, other rows one addition.
-__device__ __forceinline__ u32 down_first() {
-    int lane = threadIdx.x & 31;
-    return place(lane & 15, lane >> 4);
+// Where a lane's row of the four 8x8 matrices of 16 rows and this warp's first 16 columns j lies in a tile: rows 0-7 of
+// both chunks, then rows 8-15. The other 16 columns are one exclusive or away, other rows an addition.
+__device__ __forceinline__ u32 own_columns() {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    return place((lane & 7) + (lane >> 4 << 3), 4 * warp + (lane >> 3 & 1));
 }
 
-__device__ __forceinline__ u32 across_first() {
-    int lane = threadIdx.x & 31;
-    return place((lane & 7) + (lane >> 4 << 3), lane >> 3 & 1);
-}
+// Rows 16 step to 16 step + 15 of v's own columns, transposed, and the same decayed to the block's end.
+struct Values {
+    u32 plain[2][4], decayed[2][4];
 
-// S^T = factor S^T + (decayed v)^T k. `ages`: the number of real tokens up to and with each one.
-__device__ __forceinline__ void add_block(State& state, float factor, u32 k, u32 v, const float* ages, float last,
-                                          float slope) {
-    int warp = threadIdx.x >> 5;
-    u32 k_at = k + down_first(), v_at = v + across_first();
-    ages += 2 * (threadIdx.x & 3);
-    FOR_STATE state[m][n][e] *= factor;
-#pragma unroll 1
-    for (int step = 0; step < TOKENS / 16; step++, ages += 16, k_at += 16 * 256, v_at += 16 * 256) {
-        u32 decay[2], a[2][4], b[4];
+    __device__ __forceinline__ Values(u32 v_at, const float* ages, float last, float slope, int step) {
+        u32 decay[2];
 #pragma unroll
-        for (int m = 0; m < 2; m++) load_transposed(a[m], v_at ^ (4 * warp + 2 * m) << 4);
+        for (int m = 0; m < 2; m++) load_transposed(plain[m], (v_at ^ m << 5) + step * 16 * ROW);
 #pragma unroll
         for (int part = 0; part < 2; part++) {
-            float2 age = *(const float2*)(ages + 8 * part);
+            float2 age = *(const float2*)(ages + 16 * step + 8 * part + 2 * (threadIdx.x & 3));
             decay[part] =
                 half_pair(exp2_approximate(slope * (age.x - last)), exp2_approximate(slope * (age.y - last)));
         }
 #pragma unroll
         for (int m = 0; m < 2; m++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) a[m][r] = half_product(a[m][r], decay[r / 2]);
+            for (int r = 0; r < 4; r++) decayed[m][r] = half_product(plain[m][r], decay[r / 2]);
+    }
+};
+
+// A state between launches, in the order of threads: `index` is of its groups of four.
+__device__ __forceinline__ float4* slot_part(float* slot, int index) {
+    return (float4*)slot + index * THREADS + threadIdx.x;
+}
+
+__device__ __forceinline__ void store_slot(float* slot, const State& state, float factor) {
 #pragma unroll
-        for (int n = 0; n < 16; n += 2) {
-            load_transposed(b, k_at ^ n << 4);
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                multiply(state[m][n], a[m], b[0], b[1]);
-                multiply(state[m][n + 1], a[m], b[2], b[3]);
-            }
-        }
+    for (int i = 0; i < 32; i++) {
+        const float* s = &state[i / 16][i % 16 * 4];
+        *slot_part(slot, i) = make_float4(s[0] * factor, s[1] * factor, s[2] * factor, s[3] * factor);
     }
 }
 
@@ -293,27 +367,23 @@ __device__ __forceinline__ void count_ages(float* ages, u64 real) {
     if (threadIdx.x < TOKENS) ages[threadIdx.x] = (float)__popcll(real & ((2ull << threadIdx.x) - 1));
 }
 
-// What `piece` tokens give to the state, with how many are real: start float32 [B, H, 1 + pieces, K, K], slot 0 a copy
-// of the state before all, and count float32 [B, H, 1 + pieces]. Grid: heads times pieces, sequences.
+// What `piece` tokens give to the state, with how many are real: start float32 [B, H, 1 + pieces, K, K] as slots, the
+// first a copy of the state before all, and count float32 [B, H, 1 + pieces]. Grid: heads times pieces, sequences.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     lightning_pieces(const u16* x, const float* slopes, const float* before, const u8* valid, float* start,
-                     float* count, int T, int piece, int H, int pieces) {
+                     float* count, int T, int piece, int pieces) {
     extern __shared__ __align__(1024) u8 memory[];
     __shared__ float ages[2][TOKENS];
     __shared__ __align__(16) float most[2][4];
     int h = blockIdx.x % H, number = blockIdx.x / H, b = blockIdx.y;
-    long long row = 4ll * H * K, slot = (long long)(b * H + h) * (1 + pieces);
-    Tokens tokens = {x + b * T * row + h * 3 * K, valid ? valid + (long long)b * T : valid, row, T};
+    long long slot = (long long)(b * H + h) * (1 + pieces);
+    Tokens tokens = {x + (long long)b * T * TOKEN + h * 3 * K, valid ? valid + (long long)b * T : valid, T};
     float slope = slopes[h] * LOG2E;
-    if (number == 0)
-        for (int i = threadIdx.x; i < K * K / 4; i += THREADS)
-            ((float4*)(start + slot * K * K))[i] = ((const float4*)(before + (long long)(b * H + h) * K * K))[i];
-
     State state = {};
     Range range = {1.f, 0.f};
     float total = 0.f;
     int first = number * piece, stop = first + piece;
-    u32 stage = shared_address(memory), other = stage + 2 * TILE;
+    u32 stage = (shared_address(memory) + 1023) & ~1023u, other = stage + 2 * TILE;
     u64 real = tokens.real(first);
     tokens.copy<2>(stage, first, real);
     for (int at = first, parity = 0; at < stop; at += TOKENS, parity ^= 1) {
@@ -327,92 +397,102 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
         float ratio = range.next(units, decay, last);
         activate<2>(stage, 0.f, reciprocal(units.k), units.k * reciprocal(range.unit));
-        __syncthreads();
-        add_block(state, decay * ratio, stage, stage + TILE, ages[parity], last, slope);
+        publish();
+        float factor = decay * ratio;
+        FOR_STATE state[m][4 * n + e] *= factor;
+        u64 k_rows = descriptor(stage, HALF);
+        u32 v_at = stage + TILE + own_columns();
+#pragma unroll
+        for (int step = 0; step < TOKENS / 16; step++) {
+            Values v(v_at, ages[parity], last, slope, step);
+            products_begin();
+#pragma unroll
+            for (int m = 0; m < 2; m++) multiply_columns<1>(state[m], v.decayed[m], k_rows + (step * 16 * ROW >> 4));
+            products_end();
+        }
+        products_wait<0>();
         total += last;
         u32 done = stage;
         stage = other, other = done;
     }
-    slot += 1 + number;
-    FOR_STATE start[slot * K * K + state_offset(m, n, e)] = state[m][n][e] * range.unit;
-    if (threadIdx.x == 0) count[slot] = total;
+    store_slot(start + (slot + 1 + number) * K * K, state, range.unit);
+    if (threadIdx.x == 0) count[slot + 1 + number] = total;
+    if (number == 0) {
+        before += (long long)(b * H + h) * K * K;
+        FOR_STATE state[m][4 * n + e] = before[state_offset(m, n, e)];
+        store_slot(start + slot * K * K, state, 1.f);
+    }
 }
 
-// The scores of a warp's 16 tokens with those before them, decayed, float16 into a tile of 128-byte rows.
-__device__ __forceinline__ void score_block(u32 q, u32 k, u32 scores, const float* ages, float slope) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, pair = 2 * (lane & 3);
-    u32 a[8][4], q_at = q + down_first() + 16 * 256 * warp, k_at = k + across_first();
-#pragma unroll
-    for (int step = 0; step < 8; step++) load_matrices(a[step], q_at ^ step << 5);
-    int t = 16 * warp + g;
+// Scores of a warp's 16 tokens t with all tokens s of the block: decayed, none with later ones, float16 into `scores`.
+__device__ __forceinline__ void store_scores(float (&score)[32], u32 scores, const float* ages, float slope) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = 16 * warp + (lane >> 2), pair = 2 * (lane & 3);
     float age0 = ages[t], age1 = ages[t + 8];
-    u32 to = scores + t * 128 + 2 * pair;
-    for (int n = 0; n <= warp; n++, k_at += 16 * 256) {
-        float score[2][2][4] = {};  // even and odd steps, which need not wait for each other
+    u32 to = scores + (16 * warp + (lane & 15)) * ROW + (((lane >> 4) ^ (lane & 7)) << 4);
 #pragma unroll
-        for (int step = 0; step < 8; step++) {
-            u32 c[4];
-            load_matrices(c, k_at ^ step << 5);
-            multiply(score[step & 1][0], a[step], c[0], c[1]);
-            multiply(score[step & 1][1], a[step], c[2], c[3]);
-        }
+    for (int n = 0; n < 4; n++) {
+        u32 packed[4] = {};
+        if (n <= warp)
 #pragma unroll
-        for (int part = 0; part < 2; part++) {
-            int s = 16 * n + 8 * part + pair;
-            float2 from = *(const float2*)(ages + s);
-            float w[4] = {from.x - age0, from.y - age0, from.x - age1, from.y - age1};
+            for (int part = 0; part < 2; part++) {
+                int s = 16 * n + 8 * part + pair;
+                float2 from = *(const float2*)(ages + s);
+                float w[4] = {from.x - age0, from.y - age0, from.x - age1, from.y - age1};
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                bool earlier = s + (e & 1) <= t + 8 * (e / 2);
-                w[e] = earlier ? exp2_approximate(slope * w[e]) * (score[0][part][e] + score[1][part][e]) : 0.f;
+                for (int e = 0; e < 4; e++) {
+                    bool earlier = s + (e & 1) <= t + 8 * (e / 2);
+                    w[e] = earlier ? exp2_approximate(slope * w[e]) * score[8 * n + 4 * part + e] : 0.f;
+                }
+                packed[2 * part] = half_pair(w[0], w[1]);
+                packed[2 * part + 1] = half_pair(w[2], w[3]);
             }
-            u32 chunk = ((2 * n + part) ^ g) << 4;
-            write(to + chunk, half_pair(w[0], w[1]));
-            write(to + 8 * 128 + chunk, half_pair(w[2], w[3]));
-        }
+        store_matrices(to ^ n << 5, packed[0], packed[1], packed[2], packed[3]);
     }
 }
 
 // o up to units: float16 [B, T, H, K] and, for each 32 features, float32 [B, T, H, 4]; the state after all tokens.
-// A segment is `each` pieces, the last what is left. With one segment `start` may be `after`. Grid: heads times
-// segments, sequences.
+// A segment is `each` pieces, the last what is left. With one segment, of no pieces, it begins from `after`. Grid:
+// heads times segments, sequences.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    lightning_attention(const u16* x, const float* slopes, float* after, const u8* valid, const float* start,
-                        const float* count, u16* out, float* units_out, int T, int segment, int H, int pieces,
+    lightning_attention(const u16* x, const float* slopes, float* after, const u8* valid, float* start,
+                        const float* count, u16* out, float* units_out, int T, int segment, int pieces,
                         int each) {
     extern __shared__ __align__(1024) u8 memory[];
     __shared__ float ages[2][TOKENS];
     __shared__ __align__(16) float most[3][4];
     int h = blockIdx.x % H, number = blockIdx.x / H, b = blockIdx.y;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, pair = 2 * (lane & 3);
-    long long row = 4ll * H * K, slot = (long long)(b * H + h) * (1 + pieces);
-    Tokens tokens = {x + b * T * row + h * 3 * K, valid ? valid + (long long)b * T : valid, row, T};
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, pair = 2 * (lane & 3);
+    long long slot = (long long)(b * H + h) * (1 + pieces);
+    Tokens tokens = {x + (long long)b * T * TOKEN + h * 3 * K, valid ? valid + (long long)b * T : valid, T};
     float slope = slopes[h] * LOG2E;
 
     int first = number * segment, stop = min(first + segment, T);
-    u32 stage = shared_address(memory), other = stage + 3 * TILE, scores = stage + 6 * TILE;
+    u32 stage = (shared_address(memory) + 1023) & ~1023u, other = stage + 3 * TILE, scores = stage + 6 * TILE;
     u64 real = tokens.real(first);
     tokens.copy<3>(stage, first, real);
 
     State state = {};
-    for (int i = 0; i <= number * each; i++) {
+    float* from = after + (long long)(b * H + h) * K * K;
+    if (pieces == 0) FOR_STATE state[m][4 * n + e] = from[state_offset(m, n, e)];
+    for (int i = 0; pieces && i <= number * each; i++) {
         float decay = i ? exp2_approximate(-slope * count[slot + i]) : 0.f;
-        const float* from = start + (slot + i) * K * K;
-        FOR_STATE state[m][n][e] = state[m][n][e] * decay + from[state_offset(m, n, e)];
+#pragma unroll
+        for (int part = 0; part < 32; part++) {
+            float4 x = *slot_part(start + (slot + i) * K * K, part);
+            float* s = &state[part / 16][part % 16 * 4];
+            s[0] = s[0] * decay + x.x, s[1] = s[1] * decay + x.y, s[2] = s[2] * decay + x.z, s[3] = s[3] * decay + x.w;
+        }
     }
     Range range = {0.f, 1.f};
-    FOR_STATE range.unit = fmaxf(range.unit, fabsf(state[m][n][e]));
+    FOR_STATE range.unit = fmaxf(range.unit, fabsf(state[m][4 * n + e]));
     range.unit = largest_in_warp(range.unit);
     if (lane == 0) most[0][warp] = range.unit;
     __syncthreads();
     range.unit = fmaxf(fmaxf(fmaxf(most[0][0], most[0][1]), fmaxf(most[0][2], most[0][3])), LEAST_UNIT);
     float factor = reciprocal(range.unit);
-    FOR_STATE state[m][n][e] *= factor;
+    FOR_STATE state[m][4 * n + e] *= factor;
     __syncthreads();
 
-    // Per row of a block: o and the units of this warp.
-    u16* o_row = out + (((long long)b * T + first) * H + h) * K;
-    float* unit_row = units_out + (((long long)b * T + first) * H + h) * 4 + warp;
     for (int at = first, parity = 0; at < stop; at += TOKENS, parity ^= 1) {
         u32 q = stage, k = stage + TILE, v = stage + 2 * TILE;
         const float* age = ages[parity];
@@ -427,90 +507,105 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
         float ratio = range.next(units, decay, last);
         activate<3>(stage, reciprocal(units.q), reciprocal(units.k), units.k * reciprocal(range.unit));
-        __syncthreads();
-        score_block(q, k, scores, age, slope);
+        publish();
+        u64 q_tile = descriptor(q), k_tile = descriptor(k);
+        {
+            float score[32];
+            products_begin();
+            multiply_tiles<0>(score, q_tile, k_tile);
+#pragma unroll
+            for (int step = 1; step < K / 16; step++)
+                multiply_tiles<1>(score, columns(q_tile, step), columns(k_tile, step));
+            products_end();
+            products_wait<0>();
+            store_scores(score, scores, age, slope);
+        }
 
-        // o = q S for all tokens and the warp's 32 columns.
-        float o[4][4][4] = {};
-        u32 q_at = q + down_first();
+        // o^T = S^T q^T for the warp's 32 columns j and all tokens, two steps of 16 features i at a time.
+        float o[2][32];
 #pragma unroll
         for (int step = 0; step < K / 16; step++) {
-            u32 a[4], c[4][2];
+            u32 a[2][4];
 #pragma unroll
-            for (int n = 0; n < 4; n++)
+            for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const float* s = &state[n / 2][2 * step + r][2 * (n & 1)];
-                    c[n][r] = half_pair(s[0], s[1]);
-                }
+                for (int r = 0; r < 4; r++)
+                    a[m][r] = half_pair(state[m][8 * step + 2 * r], state[m][8 * step + 2 * r + 1]);
+            products_begin();
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                load_matrices(a, (q_at ^ step << 5) + t * 16 * 256);
-#pragma unroll
-                for (int n = 0; n < 4; n++) multiply(o[t][n], a, c[n][0], c[n][1]);
-            }
+            for (int m = 0; m < 2; m++)
+                if (step == 0)
+                    multiply_rows<0>(o[m], a[m], q_tile);
+                else
+                    multiply_rows<1>(o[m], a[m], columns(q_tile, step));
+            products_end();
+            products_wait<1>();
         }
+        products_wait<0>();
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            float low = ratio * exp2_approximate(-slope * age[16 * t + g]);
-            float high = ratio * exp2_approximate(-slope * age[16 * t + g + 8]);
+        for (int n = 0; n < 8; n++) {
+            float2 ages_of = *(const float2*)(age + 8 * n + pair);
+            float low = ratio * exp2_approximate(-slope * ages_of.x);
+            float high = ratio * exp2_approximate(-slope * ages_of.y);
 #pragma unroll
-            for (int n = 0; n < 4; n++) o[t][n][0] *= low, o[t][n][1] *= low, o[t][n][2] *= high, o[t][n][3] *= high;
+            for (int m = 0; m < 2; m++)
+                o[m][4 * n] *= low, o[m][4 * n + 1] *= high, o[m][4 * n + 2] *= low, o[m][4 * n + 3] *= high;
         }
-        __syncthreads();  // all scores are there, and q is no longer needed
+        factor = decay * ratio;
+        FOR_STATE state[m][4 * n + e] *= factor;
+        publish();  // all scores are there, and q is no longer needed
 
-        // o += scores v: of q / units.q and the state's unit.
-        u32 score_at = scores + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4), v_at = v + down_first();
+        // o^T += v^T scores^T, of q / units.q and the state's unit; S^T += (decayed v)^T k.
+        u64 k_rows = descriptor(k, HALF), score_tile = descriptor(scores);
+        u32 own = own_columns();
 #pragma unroll
         for (int step = 0; step < TOKENS / 16; step++) {
-            u32 a[4], c[2][4];
+            Values values(v + own, age, last, slope, step);
+            products_begin();
 #pragma unroll
-            for (int n = 0; n < 2; n++)
-                load_transposed(c[n], (v_at ^ (4 * warp + 2 * n) << 4) + step * 16 * 256);
+            for (int m = 0; m < 2; m++) multiply_rows<1>(o[m], values.plain[m], columns(score_tile, step));
 #pragma unroll
-            for (int t = step; t < 4; t++) {
-                load_matrices(a, (score_at ^ step << 5) + t * 16 * 128);
-#pragma unroll
-                for (int n = 0; n < 4; n++) multiply(o[t][n], a, c[n / 2][2 * (n & 1)], c[n / 2][2 * (n & 1) + 1]);
-            }
+            for (int m = 0; m < 2; m++)
+                multiply_columns<1>(state[m], values.decayed[m], k_rows + (step * 16 * ROW >> 4));
+            products_end();
+            products_wait<1>();
         }
+        products_wait<0>();
 
         // Through the place of q, so that memory is written in whole sectors. A warp has its columns to itself.
-        factor = units.q * range.unit;
-        u32 to = q + g * 256 + 2 * pair;
+        float unit = 1e-30f;
 #pragma unroll
-        for (int t = 0; t < 4; t++)
+        for (int n = 0; n < 32; n++) unit = fmaxf(unit, fmaxf(fabsf(o[0][n]), fabsf(o[1][n])));
+        unit = largest_in_warp(unit);
+        factor = reciprocal(unit);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float unit = 1e-30f;
+        for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int n = 0; n < 4; n++)
-                    unit = fmaxf(unit, fmaxf(fabsf(o[t][n][2 * half]), fabsf(o[t][n][2 * half + 1])));
-                unit = fmaxf(unit, __shfl_xor_sync(~0u, unit, 1));
-                unit = fmaxf(unit, __shfl_xor_sync(~0u, unit, 2));
-                float inverse = reciprocal(unit);
+            for (int n = 0; n < 4; n++) {
+                u32 packed[4];
 #pragma unroll
-                for (int n = 0; n < 4; n++)
-                    write(to + (16 * t + 8 * half) * 256 + (((4 * warp + n) ^ g) << 4),
-                          half_pair(o[t][n][2 * half] * inverse, o[t][n][2 * half + 1] * inverse));
-                int in_block = 16 * t + 8 * half + g;
-                if (pair == 0 && at + in_block < T) unit_row[in_block * H * 4] = unit * factor;
+                for (int r = 0; r < 4; r++)
+                    packed[r] = half_pair(o[m][8 * n + 2 * r] * factor, o[m][8 * n + 2 * r + 1] * factor);
+                store_transposed((q + own ^ m << 5) + n * 16 * ROW, packed[0], packed[1], packed[2], packed[3]);
             }
+        unit *= units.q * range.unit;
+        float* unit_row = units_out + (((long long)b * T + at) * H + h) * 4 + warp;
+        if (at + lane < T) unit_row[lane * H * 4] = unit;
+        if (at + lane + 32 < T) unit_row[(lane + 32) * H * 4] = unit;
         __syncwarp();
         {
-            int t = lane >> 2, chunk = 4 * warp + (lane & 3);
-            u32 from = q + place(t, chunk);
-            u16* to_row = o_row + (long long)t * H * K + chunk * 8;
+            // Rows four apart at once: their chunks lie in different banks.
+            int t = (lane >> 3) + (lane & 4), chunk = 4 * warp + (lane & 3);
+            u16* to_row = out + (((long long)b * T + at + t) * H + h) * K + chunk * 8;
+            uint4 rows[TOKENS / 8];
+#pragma unroll
+            for (int step = 0; step < TOKENS / 8; step++) rows[step] = read(q + place(t, chunk) + step * 8 * ROW);
 #pragma unroll
             for (int step = 0; step < TOKENS / 8; step++)
-                if (at + t + 8 * step < T) *(uint4*)(to_row + step * 8 * H * K) = read(from + step * 8 * 256);
+                if (at + t + 8 * step < T) *(uint4*)(to_row + step * 8 * H * K) = rows[step];
         }
-        o_row += TOKENS * H * K, unit_row += TOKENS * H * 4;
-
-        add_block(state, decay * ratio, k, v, age, last, slope);
         stage = other, other = q;
     }
 
-    float* to = after + (long long)(b * H + h) * K * K;
-    if (stop == T) FOR_STATE to[state_offset(m, n, e)] = state[m][n][e] * range.unit;
+    if (stop == T) FOR_STATE from[state_offset(m, n, e)] = state[m][4 * n + e] * range.unit;
 }

@@ -14,29 +14,34 @@ HEAD_DIM = 128
 UNITS = 4  # a head: one for each warp's features
 THREADS = 128
 _TILE_NBYTES = 64 * HEAD_DIM * 2
-PIECE_NBYTES = 4 * _TILE_NBYTES  # of shared memory: k and v of two blocks
-ATTENTION_NBYTES = 6 * _TILE_NBYTES + 64 * 64 * 2  # q, k and v of two, and scores
+_ALIGNED_NBYTES = 1024  # tiles begin at multiples
+PIECE_NBYTES = 4 * _TILE_NBYTES + _ALIGNED_NBYTES  # of shared memory: k and v of two blocks
+ATTENTION_NBYTES = 6 * _TILE_NBYTES + 64 * 64 * 2 + _ALIGNED_NBYTES  # q, k and v of two, and scores
 PROGRAMS = 2  # on an SM at once
 
 _SOURCES = (Path(__file__).parent / "attention.cu",)
-_PIECES = nvrtc.Kernel("lightning_pieces", _SOURCES)
-_ATTENTION = nvrtc.Kernel("lightning_attention", _SOURCES)
+
+
+@cache
+def _kernels(heads: int) -> tuple[nvrtc.Kernel, nvrtc.Kernel]:
+    """Of the pieces and of attention. The number of heads is a constant in them, so that strides are."""
+    macros: dict[str, int | str] = {"HEADS": heads}
+    return nvrtc.Kernel("lightning_pieces", _SOURCES, macros), nvrtc.Kernel("lightning_attention", _SOURCES, macros)
 
 
 @cache
 def suits(device: torch.device, head_dim: int) -> bool:
-    """True where these kernels run: not on GPUs with little shared memory, nor without NVRTC."""
+    """True where these kernels run: on Hopper, with NVRTC."""
     if device.type != "cuda" or head_dim != HEAD_DIM or not nvrtc.available():
         return False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 8 and properties.shared_memory_per_block_optin > ATTENTION_NBYTES + 1024  # type: ignore
+    return nvrtc.is_hopper(device)
 
 
 def attention(
     projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, valid_BT: Tensor | None, half_BTN: Tensor,
     processors: int,
 ) -> Tensor:  # fmt: skip
-    """Fills `half_BTN` and returns the units, float32 [B, T, 4 H], that its features are to be multiplied by, 32 at a time."""
+    """Fills `half_BTN` and returns units, float32 [B, T, 4 H]: 32 features are to be multiplied by each."""
     B, T, _ = projected_BTP.shape
     H, K = state_BHKK.shape[1:3]
     device = projected_BTP.device
@@ -44,17 +49,18 @@ def attention(
     unit_BTU = torch.empty(B, T, UNITS * H, device=device)
     valid = ctypes.c_longlong(0) if valid_BT is None else valid_BT
     start, count = state_BHKK, unit_BTU
+    pieces, attention = _kernels(H)
     if cuts.pieces:
         start = torch.empty(B, H, 1 + cuts.pieces, K, K, device=device)
         count = torch.empty(B, H, 1 + cuts.pieces, device=device)
-        _PIECES.launch(
+        pieces.launch(
             (H * cuts.pieces, B, 1), THREADS,
-            (projected_BTP, slope_H, state_BHKK, valid, start, count, T, cuts.piece, H, cuts.pieces),
+            (projected_BTP, slope_H, state_BHKK, valid, start, count, T, cuts.piece, cuts.pieces),
             PIECE_NBYTES,
         )  # fmt: skip
-    _ATTENTION.launch(
+    attention.launch(
         (H * cuts.segments, B, 1), THREADS,
-        (projected_BTP, slope_H, state_BHKK, valid, start, count, half_BTN, unit_BTU, T, cuts.piece * cuts.each, H,
+        (projected_BTP, slope_H, state_BHKK, valid, start, count, half_BTN, unit_BTU, T, cuts.piece * cuts.each,
          cuts.pieces, cuts.each),
         ATTENTION_NBYTES,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 BLOCK = 64  # tokens that a program takes at once
-LEAST_SEGMENT = 512  # tokens that are worth a program of their own
+LEAST_SEGMENT, LEAST_PIECE = 512, 256  # tokens that are worth a program of their own
 
 
 class Cuts(NamedTuple):
@@ -19,8 +19,9 @@ class Cuts(NamedTuple):
 
 
 def cut(tokens: int, rows: int, processors: int) -> Cuts:
-    """As many segments as give each of `processors` a program, and pieces at least; `rows`: heads times sequences."""
+    """As many segments as give each of `processors` a program, and pieces likewise; `rows`: heads times sequences."""
     segments = max(1, min(processors // rows, tokens // LEAST_SEGMENT))
-    each = -(-processors // (rows * (segments - 1))) if segments > 1 else 1
+    each = max(1, processors // (rows * (segments - 1))) if segments > 1 else 1
+    each = min(each, max(1, tokens // (segments * LEAST_PIECE)))
     piece = -(-tokens // (segments * each * BLOCK)) * BLOCK
     return Cuts(-(-tokens // (piece * each)), each, piece)
