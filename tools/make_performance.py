@@ -32,6 +32,7 @@ def render() -> str:
             *kernels(),
             *decode_layer(),
             *prefill_layers(),
+            *quality_gpu(),
             quality(),
             calibrated_quality(),
             calibrate_gpu(),
@@ -120,6 +121,29 @@ def prefill_layers() -> list[str]:
         for row in found["rows"]
     ]  # fmt: skip
     return [section("Prefill", text, head, rows)]
+
+
+def quality_gpu() -> list[str]:
+    """KL divergence by each set of kernels."""
+    measured = of_each_gpu("quality_gpu")
+    if not measured:
+        return []
+    rows = [
+        [
+            r["hardware"]["gpu"], name, f"{row['reference']['kl']:.5f}", f"{row['many_tokens_ratio'] - 1:+.2%}",
+            f"{row['single_tokens_ratio'] - 1:+.2%}",
+        ]
+        for r in measured
+        for name, row in r["formats"].items()
+    ]  # fmt: skip
+    first = next(iter(measured[0]["formats"].values()))
+    text = (
+        f"`benchmarks/quality_gpu.py`: {measured[0]['source']}, nearest NF4 and calibrated int4, bfloat16 activations; KL "
+        f"divergence to the source over {first['reference']['tokens']:,} tokens by the reference kernels, and how "
+        "far those for many tokens, and on fewer windows those of decode steps, are from it. Bound: 1 %."
+    )
+    head = ["", "", "KL by the reference kernels", "many tokens", "token by token"]
+    return [section("Quality through the GPU's kernels", text, head, rows)]
 
 
 def quality() -> str:
