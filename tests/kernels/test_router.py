@@ -70,6 +70,8 @@ def check_interpreted() -> None:
         with poisoned():
             ours = fused.route(y, weight, active)
         compare(ours, y, weight, active)
+    y, weight = case(300, 96, 5)
+    compare(fused.route(y, weight, 2), y, weight, 2)
     y, weight = case(2, 96, 4)
     y[1] = float("nan")
     ids, shares = fused.route(y, weight, 2)
@@ -83,7 +85,7 @@ def test_interpreted() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("D", "E", "active"), [(6144, 32, 2), (1000, 32, 2), (96, 5, 3), (2048, 64, 8)])
-@pytest.mark.parametrize("M", [1, 2, 3, 7, 16, 17, 63, 64, 65, 300, 4096])
+@pytest.mark.parametrize("M", [1, 2, 3, 7, 16, 17, 63, 64, 65, 300, 512, 4096])
 def test_cuda(cuda_device: torch.device, M: int, D: int, E: int, active: int) -> None:
     y, weight = case(M, D, E, cuda_device)
     for _ in range(2):  # the first launch leaves the counters as it found them
