@@ -190,7 +190,7 @@ def _cache_folder() -> Path:
 
 
 def _keep(path: Path, code: bytes) -> str:
-    """Write `code` to `path`, whole or not at all; says where, or why not: a cache that cannot be written is no error."""
+    """Write `code` to `path`, whole or not at all; says where, or why not: there may be no place for a cache."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,16 @@ def test_quick_unless_asked_for_all(cli, asked) -> None:
 
 def test_tables(cli, asked) -> None:
     out = cli("bench").stdout
-    words = ("H100", "3,090 GB/s", "781 TFLOP/s", "linear4, 6144 to 9216", "11.5 (82%)", "170.0", "2 of 32 experts", "2.25")
+    words = (
+        "H100",
+        "3,090 GB/s",
+        "781 TFLOP/s",
+        "linear4, 6144 to 9216",
+        "11.5 (82%)",
+        "170.0",
+        "2 of 32 experts",
+        "2.25",
+    )
     assert all(word in out for word in words), out
     assert out.count("not measured: bitsandbytes") == 1
 
