@@ -18,6 +18,7 @@ from minibble.runtime.kernels.counters import COUNT, counters
 from minibble.runtime.kernels.nvrtc import Kernel
 from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, level_scale
 
+SOURCES = ("skinny_copy.cuh", "skinny_work.cuh", "skinny_multiply.cuh", "skinny_output.cuh", "skinny.cu")
 TOKENS = 8  # in one pass over the weights
 MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
@@ -56,7 +57,10 @@ class _Args(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Operand:
-    """Where a matrix lies: in `data`, or one of each expert `start` bytes after the addresses in `table`, int64 [E]."""
+    """Where a matrix lies: in `data`, or one of each expert `start` bytes after the addresses in `table`, int64 [E].
+
+    Weights and addresses are read before the kernel ahead has ended: they must not be what it writes.
+    """
 
     layout: TileLayout
     data: Tensor | None = None
@@ -170,7 +174,7 @@ def _kernel(scale_kind: int, scale_columns: int) -> Kernel:
     macros: dict[str, int | str] = {
         "WARPS": WARPS, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
     }  # fmt: skip
-    return Kernel("skinny", [Path(__file__).with_name("skinny.cu")], macros)
+    return Kernel("skinny", [Path(__file__).with_name(name) for name in SOURCES], macros)
 
 
 @cache

@@ -16,12 +16,7 @@
 // up), SCATTERED (row i of x makes row pairs[i] of the output, times weights[pairs[i]]), OUT_FLOAT (float32 output, else
 // bfloat16).
 
-#ifndef EXACT
-#define EXACT 1
-#endif
-#ifndef BUFFERS
-#define BUFFERS (TOKENS == 128 || TOKENS == 64 ? 1 : 2)
-#endif
+constexpr int BUFFERS = PARTS == 2 ? 1 : 2;  // of A operands, as far as registers go
 
 __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x_map, u32 base, const int* starts,
                                             int tiles) {
@@ -62,7 +57,7 @@ struct Scale {
     }
     // level * scale, rounded once: the rest's share is far below the last place.
     __device__ __forceinline__ u32 times(u32 levels) const {
-        return EXACT ? fma_pairs(levels, main, multiply_pairs(levels, rest)) : multiply_pairs(levels, main);
+        return fma_pairs(levels, main, multiply_pairs(levels, rest));
     }
 };
 
@@ -262,18 +257,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(full_at(base, i), 1), barrier_init(empty_at(base, i), CONSUMERS * CLUSTER);
         for (int i = 0; i < SCALE_SLOTS; i++)
             barrier_init(scales_full_at(base, i), 32), barrier_init(scales_empty_at(base, i), CONSUMERS);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     if (GROUPED && thread < 32) count_tiles(p, starts);
     __syncthreads();
     if (CLUSTER > 1) cluster_barrier();
     int tiles = GROUPED ? starts[p.experts] : row_tiles(p) * ((p.tokens + TOKENS - 1) / TOKENS);
     if (thread < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+        give_registers<COPY_REGISTERS>();
         if (thread < 32) copy_stages(p, &x_map, base, starts, tiles);
         else decode_scales(p, base, starts, (float*)(shared + MAP_AT), tiles, thread / 32 - 1);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+        take_registers<REGISTERS>();
         multiply(p, base, starts, tiles);
     }
     if (CLUSTER > 1) cluster_barrier();  // the other block may still write here

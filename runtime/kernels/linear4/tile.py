@@ -267,7 +267,7 @@ def _launch(
     with torch.cuda.device(device):
         x_map = _tensor_map(x.data_ptr(), *x.shape, 64 if tokens == _WIDE else tokens)
         grid = cluster * min(clusters, most or clusters)
-        kernel.launch(grid, 640 if tokens <= 64 else 384, [x_map, problem], _SHARED_NBYTES, cluster=cluster)
+        kernel.launch(grid, 640 if tokens <= 32 else 384, [x_map, problem], _SHARED_NBYTES, cluster=cluster)
 
 
 @cache

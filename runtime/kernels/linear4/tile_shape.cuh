@@ -3,13 +3,13 @@
 constexpr bool WIDE = TOKENS == 256;
 constexpr int CLUSTER = WIDE ? 2 : 1;  // blocks that make a tile of 256 rows together
 // Few tokens leave registers for four warpgroups, which hide each other's waits; 256 need a warp to have 16 rows only.
-constexpr int CONSUMERS = TOKENS <= 64 ? 16 : 8;  // warps
-constexpr int PARTS = TOKENS == 128 ? 2 : 1;      // of 16 rows, of a warp
+constexpr int CONSUMERS = TOKENS <= 32 ? 16 : 8;             // warps
+constexpr int PARTS = TOKENS == 64 || TOKENS == 128 ? 2 : 1;  // of 16 rows, of a warp
 constexpr int ROWS = 16 * PARTS * CONSUMERS;      // of a block
 constexpr int TILES = ROWS / 32;
 constexpr int THREADS = 128 + 32 * CONSUMERS;
-constexpr int REGISTERS = WIDE ? 224 : TOKENS == 128 ? 208 : TOKENS == 64 ? 104 : 96;  // of a thread that multiplies
-constexpr int COPY_REGISTERS = TOKENS <= 64 ? 480 - 4 * REGISTERS : 504 - 2 * REGISTERS;  // of the others
+constexpr int REGISTERS = WIDE ? 224 : TOKENS <= 32 ? 96 : 208;  // of a thread that multiplies
+constexpr int COPY_REGISTERS = TOKENS <= 32 ? 480 - 4 * REGISTERS : 504 - 2 * REGISTERS;  // of the others
 constexpr int SCALE_WARPS = 3;
 constexpr int CODES_NBYTES = 4096;                  // of a chunk of 32 rows x 256 columns
 constexpr int SCALE_BLOCKS = 256 / SCALE_COLUMNS;   // in a row of a chunk

@@ -118,7 +118,7 @@ __device__ __forceinline__ void store_32_rows(const Problem& p, const float* a, 
     }
 }
 
-#if SILU && TOKENS != 128
+#if SILU && TOKENS != 64 && TOKENS != 128
 // A warp holds gate, its neighbour up of the same rows: they swap halves, 16 tokens of each 32, and 16 of 16.
 __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
     int lane = threadIdx.x & 31, pair = (threadIdx.x - 128) / 64;
