@@ -37,7 +37,7 @@ class TiledLinear:
 
     def _product(self, x_MK: Tensor, out_dtype: torch.dtype) -> Tensor:
         M = len(x_MK)
-        if M > FEW:
+        if self._few(x_MK.device) < M:
             many = tile.linear if tile.available(x_MK.device) else tile.linear_decoded
             return many(x_MK, self.data, self.layout, out_dtype)
         if out_dtype == torch.float32:
@@ -51,12 +51,15 @@ class TiledLinear:
     def partial(self, x_MK: Tensor) -> Tensor:
         """Sums over parts of K that add up to the product, float32 [S, M, N], of x bfloat16 [M, K]."""
         M = len(x_MK)
-        if not 0 < M <= FEW:
+        if not 0 < M <= self._few(x_MK.device):
             return self._product(x_MK, torch.float32).unsqueeze(0)
         splits = skinny.splits_for(self.layout, M, x_MK.device)
         out = torch.empty(splits, M, self.shape[0], device=x_MK.device)
         skinny.launch(self.operand, skinny.PARTS, x_MK.contiguous(), out, splits=splits)
         return out
+
+    def _few(self, device: torch.device) -> int:
+        return min(FEW, skinny.most_tokens(self.layout, device, False))
 
 
 class StoredLinear(StoredParts):

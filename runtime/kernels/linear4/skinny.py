@@ -23,9 +23,11 @@ TOKENS = 8  # in one pass over the weights
 MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
 MAX_TOKENS = 64  # that the list of jobs has room for
+MAX_EXPERTS = 128  # a thread each
 # Of a block's warps and the chunks that each has in flight: on an H100 one token through two experts of NF4 took 70 us
 # with 8 and 2; 72 with 12 and 2, 77 with 6 and 2, 74 with 8 and 4, whose queue delays the next kernel's activations.
-WARPS = 8
+# With 4 warps a block fits into the 99 KB of shared memory that cards of compute capability 8.6 and 8.9 have.
+WARPS = (8, 4)
 MAX_STAGES = 2
 FIRST_STAGES = 1  # chunks of each warp asked for before activations are
 SEGMENT_TILES = 32
@@ -88,12 +90,12 @@ def launch(
     M, active = (x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
     experts = 0 if table is None else table.numel()
     assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
-    assert out.is_contiguous() and M <= MAX_TOKENS and experts <= 32 * WARPS
+    assert out.is_contiguous() and M <= MAX_TOKENS and experts <= MAX_EXPERTS
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
     device = x.device
     lists = _lists_nbytes(M, active, experts)
     shape = _shape(layout, min(TOKENS, M), splits, lists, _shared_limit(device.index))
-    assert shape.stages >= 1, f"{layout.K} columns of {M} tokens do not fit into shared memory: take more splits"
+    assert shape.stages >= 1, f"{layout.K} columns of {M} tokens do not fit into shared memory"
     parts = arrived = None
     if epilogue == BFLOAT16 and splits > 1:
         parts = torch.empty(splits, M, layout.N, device=device)
@@ -108,15 +110,15 @@ def launch(
         *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
-    kernel = _kernel(kind, layout.scale_columns)
-    kernel.launch(_processors(device.index), 32 * WARPS, [args], shape.nbytes, overlap=True)
+    kernel = _kernel(shape.warps, kind, layout.scale_columns)
+    kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
 
 @cache
 def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1, experts: int = 0) -> int:
     """Into how many parts of K to cut the matrix, so that its work divides well and tokens fit into shared memory.
 
-    `active` of `experts` are chosen for each token; 0 for a matrix that takes all.
+    `active` of `experts` are chosen for each token; 0 for a matrix that takes all. 0 if so many tokens do not fit.
     """
     processors, limit, rows = _processors(device.index), _shared_limit(device.index), min(TOKENS, M)
     units = layout.tiles * (active if experts else -(-M // TOKENS))
@@ -125,8 +127,21 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
     for splits in range(1, min(layout.chunks, most) + 1):
         shape = _shape(layout, rows, splits, _lists_nbytes(M, active, experts), limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
-        found.append((shape.stages < 2, round(idle, 1), splits))
-    return min(found)[2]
+        if shape.stages:
+            found.append((shape.stages < 2, round(idle, 1), splits))
+    return min(found)[2] if found else 0
+
+
+@cache
+def most_tokens(layout: TileLayout, device: torch.device, whole: bool, active: int = 1, experts: int = 0) -> int:
+    """How many tokens may be multiplied at once, by a matrix that is not cut if `whole`; 64 where there is room."""
+    limit = _shared_limit(device.index)
+    for M in (MAX_TOKENS, 32, 16, 8, 4, 2, 1):
+        splits = 1 if whole else splits_for(layout, M, device, active, experts)
+        lists = _lists_nbytes(M, active, experts)
+        if splits and _shape(layout, min(TOKENS, M), splits, lists, limit).stages:
+            return M
+    return 0
 
 
 def _lists_nbytes(M: int, active: int, experts: int) -> int:
@@ -137,8 +152,9 @@ def _lists_nbytes(M: int, active: int, experts: int) -> int:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a block: chunks that each warp keeps in flight, tiles of a segment, bytes of shared memory."""
+    """Of a block: warps, chunks that each keeps in flight (0: no room), tiles of a segment, bytes of shared memory."""
 
+    warps: int
     stages: int
     segment_tiles: int
     nbytes: int
@@ -146,12 +162,18 @@ class _Shape:
 
 @cache
 def _shape(layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
-    segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - WARPS)
+    shapes = [_with_warps(warps, layout, token_rows, splits, lists, limit) for warps in WARPS]
+    return next((shape for shape in shapes if shape.stages), shapes[-1])
+
+
+def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
+    segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - warps)
     fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + lists + 4 * segment
     if layout.nested:
         fixed += 1024 + segment * (16 + 8 * _nested_span(layout))
-    stages = min((limit - fixed) // (WARPS * (layout.chunk_nbytes + 16)), MAX_STAGES)
-    return _Shape(stages, segment, fixed + stages * WARPS * (layout.chunk_nbytes + 16))
+    stage_nbytes = warps * (layout.chunk_nbytes + 16)
+    stages = max(min((limit - fixed) // stage_nbytes, MAX_STAGES), 0)
+    return _Shape(warps, stages, segment, fixed + stages * stage_nbytes)
 
 
 @cache
@@ -170,9 +192,9 @@ def _nested_span(layout: TileLayout) -> int:
 
 
 @cache
-def _kernel(scale_kind: int, scale_columns: int) -> Kernel:
+def _kernel(warps: int, scale_kind: int, scale_columns: int) -> Kernel:
     macros: dict[str, int | str] = {
-        "WARPS": WARPS, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
+        "WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
     }  # fmt: skip
     return Kernel("skinny", [Path(__file__).with_name(name) for name in SOURCES], macros)
 

@@ -1,0 +1,124 @@
+"""CUDA C++: that every kernel compiles, without a GPU, and what becomes of those that do not."""
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from minibble.quantize.errors import MinibbleError
+from minibble.runtime.kernels import nvrtc
+from minibble.runtime.kernels.lightning import by_hand
+from minibble.runtime.kernels.linear4 import skinny, tile
+
+
+def compiler() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    try:
+        from cuda.bindings import nvrtc as library
+
+        library.nvrtcVersion()
+    except Exception as error:  # the package or the library it loads is missing
+        return f"no NVRTC: {error}"
+    return None
+
+
+needs_nvrtc = pytest.mark.skipif(compiler() is not None, reason=str(compiler()))
+SCALES = [(0, 64), (1, 64), (2, 128), (2, 64), (2, 32)]
+# NF4, double quantization, columns of a scale, tokens of a tile, float32 results, experts, silu, scattered.
+TILES = [
+    (True, True, 64, 256, False, False, False, False),
+    (True, True, 64, 128, False, True, True, False),
+    (True, False, 64, 16, True, False, False, False),
+    (False, False, 128, 64, False, True, False, True),
+    (False, False, 32, 32, False, False, False, False),
+]
+
+
+def compiled(kernel: nvrtc.Kernel, arch: str) -> bytes:
+    text = "\n".join(path.read_text() for path in kernel.sources)
+    return nvrtc._compile(text, kernel.sources[-1].name, kernel.macros, arch)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90a", "compute_80"])
+@pytest.mark.parametrize(("kind", "columns"), SCALES)
+@pytest.mark.parametrize("warps", skinny.WARPS)
+def test_few_tokens(arch: str, kind: int, columns: int, warps: int) -> None:
+    code = compiled(skinny._kernel(warps, kind, columns), arch)
+    assert b"skinny" in code and (code[:4] == b"\x7fELF") == arch.startswith("sm_")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("variant", TILES, ids=str)
+def test_many_tokens(variant: tuple[bool, bool, int, int, bool, bool, bool, bool]) -> None:
+    assert b"tile4" in compiled(tile._compiled(*variant), "sm_90a")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90a", "compute_80"])
+@pytest.mark.parametrize("variant", [(True, True, 64), (True, False, 64), (False, False, 128), (False, False, 32)])
+def test_decoding(arch: str, variant: tuple[bool, bool, int]) -> None:
+    assert b"decode_tiles" in compiled(tile._decode_kernel(*variant), arch)
+
+
+@needs_nvrtc
+def test_lightning() -> None:
+    for kernel in by_hand._kernels(64):
+        assert kernel.name.encode() in compiled(kernel, "sm_90a")
+
+
+@needs_nvrtc
+def test_what_does_not_compile_is_named() -> None:
+    with pytest.raises(nvrtc.KernelError, match=r"wrong\.cu cannot be compiled for sm_90a:\n.*wrong\.cu\(1\)"):
+        nvrtc._compile("__global__ void f() { undefined(); }", "wrong.cu", (), "sm_90a")
+    assert issubclass(nvrtc.KernelError, MinibbleError)
+
+
+def test_compiled_code_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIBBLE_CACHE", str(tmp_path / "cache"))
+    path = nvrtc._cache_folder() / "kernel"
+    assert "kept in" in nvrtc._keep(path, b"code") and path.read_bytes() == b"code"
+    assert [file.name for file in path.parent.iterdir()] == ["kernel"], "a part is left"
+    (tmp_path / "file").write_text("")
+    assert "not kept" in nvrtc._keep(tmp_path / "file" / "kernel", b"code")
+
+
+def test_where_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MINIBBLE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert nvrtc._cache_folder() == tmp_path / "minibble"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((12, 0), "sm_120a")]
+)
+def test_architectures(capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    nvrtc.architecture.cache_clear()
+    assert nvrtc.architecture(0) == expected
+    monkeypatch.setenv("MINIBBLE_CUDA_ARCH", "compute_80")
+    nvrtc.architecture.cache_clear()
+    assert nvrtc.architecture(0) == "compute_80"
+    nvrtc.architecture.cache_clear()
+
+
+def test_arguments() -> None:
+    assert isinstance(nvrtc._value(3), ctypes.c_int) and isinstance(nvrtc._value(3.0), ctypes.c_float)
+    tensor = torch.zeros(1)
+    assert nvrtc._value(tensor).value == tensor.data_ptr()
+    with pytest.raises(AssertionError, match="64 bits"):
+        nvrtc._value(1 << 31)
+
+
+def test_arguments_are_laid_out_as_in_the_source() -> None:
+    """Names and order of the structure that skinny.cu takes by value."""
+    text = (Path(skinny.__file__).parent / "skinny_copy.cuh").read_text()
+    body = re.sub(r"//.*", "", text[text.index("struct Args {") + 13 : text.index("};", text.index("struct Args {"))])
+    names = []
+    for declaration in filter(None, (part.strip() for part in body.split(";"))):
+        kind = re.match(r"(const )?(unsigned short|float|int|char|long long)", declaration)
+        assert kind, declaration
+        names += [re.sub(r"[\s*]|\[.*?\]", "", name) for name in declaration[kind.end() :].split(",")]
+    assert names == [field[0] for field in skinny._Args._fields_]
