@@ -180,6 +180,7 @@ struct Multiplier {
         u32 now = ring.index;
         bool last = kb + 1 == walk.end, chunk_ends = kb % 4 == 3;
         if (chunk_ends || last) {
+            __syncwarp();
             if (lane == 0) barrier_arrive(scales_empty_at(base, slots.index));
             slots.step<SCALE_SLOTS>();
         }

@@ -119,19 +119,24 @@ __device__ __forceinline__ void store_32_rows(const Problem& p, const float* a, 
 }
 
 #if SILU && TOKENS != 64 && TOKENS != 128
-// A warp holds gate, its neighbour up of the same rows: they swap halves, 16 tokens of each 32, and 16 of 16.
+// A warp holds gate, its neighbour up of the same rows: they swap 16 tokens of each 32, and each makes half of the
+// output. Of 16 tokens the first makes all.
 __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
     int lane = threadIdx.x & 31, pair = (threadIdx.x - 128) / 64;
+    constexpr bool BOTH = TOKENS >= 32;
     bool up = threadIdx.x & 32;
     u32 mine = staging + 16 * lane, other = mine + (up ? -STAGING_NBYTES : STAGING_NBYTES);
 #pragma unroll
-    for (int i = 0; i < TOKENS / 32; i++) {
+    for (int i = 0; i < (TOKENS + 31) / 32; i++) {
         int token = place.token + 32 * i;
         if (token >= place.tokens) continue;
         const float* s = sums.part[0] + 16 * i;
         float kept[8], given[8], made[8];
 #pragma unroll
-        for (int j = 0; j < 8; j++) kept[j] = up ? s[8 + j] : s[j], given[j] = up ? s[j] : s[8 + j];
+        for (int j = 0; j < 8; j++) {
+            float first = s[j], second = s[BOTH ? 8 + j : j];
+            kept[j] = up ? second : first, given[j] = up ? first : second;
+        }
         __syncwarp();
         store_floats4(mine, given[0], given[1], given[2], given[3]);
         store_floats4(mine + 512, given[4], given[5], given[6], given[7]);
@@ -144,7 +149,7 @@ __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, 
             float theirs = __uint_as_float(words[j]);
             made[j] = silu(up ? theirs : kept[j]) * (up ? kept[j] : theirs);
         }
-        store_16_rows(p, made, token + (up ? 16 : 0), place.tokens, row, staging);
+        if (BOTH || !up) store_16_rows(p, made, token + (up ? 16 : 0), place.tokens, row, staging);
     }
 }
 #else

@@ -1,0 +1,149 @@
+"""The tensor cores' kernel itself, compiled for the CPU with a stand-in for CUDA: `emulated/cuda.h`.
+
+Barriers, copies and products happen as late and in as mixed an order as the hardware allows, so that what is read too
+early, freed too early or never written shows here too. M tokens, N rows, K columns; E experts, A active.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minibble.quantize.formats import Format
+from minibble.quantize.int4 import Int4
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.nf4_math import decode
+from minibble.runtime.kernels.linear4 import tile
+from minibble.runtime.kernels.tiles import TileLayout, pack
+
+HERE = Path(__file__).parent / "emulated"
+BLOCKS = 4  # multiprocessors of the GPU that there is not: few, so that tiles are shared and blocks make several
+REPLACED = ("ptx.cuh", "wgmma.cuh")
+SHARED = "extern __shared__ __align__(1024) u8 shared[];"
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+class Emulated:
+    """A kernel as `nvrtc.Kernel`, but for the CPU."""
+
+    libraries: dict[tuple[str, ...], ctypes.CDLL] = {}  # noqa: RUF012 (of all kernels)
+    seeds = itertools.count()
+
+    def __init__(self, sources: tuple[Path, ...], macros: tuple[str, ...], folder: Path):
+        self.sources, self.macros, self.folder = sources, macros, folder
+
+    def launch(self, grid: int, threads: int, arguments: list[Any], shared_nbytes: int, cluster: int = 1) -> None:
+        if self.macros not in self.libraries:
+            self.libraries[self.macros] = self.compiled()
+        x_map, problem = map(ctypes.byref, arguments)
+        self.libraries[self.macros].launch(grid, cluster, next(self.seeds), x_map, problem)
+
+    def compiled(self) -> ctypes.CDLL:
+        kernel = "\n".join(path.read_text() for path in self.sources if path.name not in REPLACED)
+        assert SHARED in kernel
+        kernel = kernel.replace(SHARED, "u8* shared = shared_memory();")
+        source = self.folder / f"kernel{len(self.libraries)}.cpp"
+        source.write_text((HERE / "cuda.h").read_text() + kernel + (HERE / "main.cpp").read_text())
+        library = source.with_suffix(".so")
+        flags = ["-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-shared", "-fPIC"]
+        subprocess.run(["c++", *flags, *self.macros, "-o", library, source], check=True)
+        return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def flags(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tensor]:
+    """Puts the CPU in the GPU's place; yields the flags that blocks raise, which end as they began."""
+    partials, flags = torch.full((BLOCKS * 256 * 128,), float("nan")), torch.zeros(4 * BLOCKS, dtype=torch.int32)
+    compiled = tile._compiled.__wrapped__
+
+    def emulated(*arguments: Any) -> Emulated:
+        kernel = compiled(*arguments)
+        return Emulated(kernel.sources, kernel.macros, tmp_path_factory.mktemp("kernel"))
+
+    def tensor_map(address: int, rows: int, columns: int, box: int) -> tile._TensorMap:
+        made = tile._TensorMap()
+        made.words[:4] = address, rows, columns, box
+        return made
+
+    monkeypatch.setattr(tile, "_kernel", tile._kernel.__wrapped__)
+    monkeypatch.setattr(tile, "_compiled", emulated)
+    monkeypatch.setattr(tile, "_tensor_map", tensor_map)
+    monkeypatch.setattr(tile, "_multiprocessors", lambda index: BLOCKS)
+    monkeypatch.setattr(tile, "_workspace", lambda device: (partials, flags))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    yield flags
+    assert not flags.any()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize(
+    ("format", "M", "dtype"),
+    [
+        (NF4(), 5, torch.bfloat16),
+        (NF4(), 100, torch.bfloat16),
+        (NF4(), 300, torch.bfloat16),  # a whole tile, and one of which half is left out
+        (NF4(double_quant=False), 300, torch.float32),
+        (Int4(32), 17, torch.float32),
+        (Int4(64), 40, torch.bfloat16),
+        (Int4(128), 250, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_linear(flags: Tensor, format: Format, M: int, dtype: torch.dtype) -> None:
+    """Two parts, rows that are no multiple of 8, and columns that are no multiple of 256."""
+    generator = torch.Generator().manual_seed(M)
+    K = 512 if isinstance(format, NF4) and format.double_quant else 384
+    parts = [format.encode(torch.randn(rows, K, generator=generator) * 0.02) for rows in (272, 77)]
+    layout = TileLayout.of(parts)
+    assert layout is not None
+    data, W = pack(parts, layout), torch.cat([decode(q) for q in parts]).double()
+    x = torch.randn(M, K, generator=generator).bfloat16()
+    y = tile.linear(x, data, layout, dtype)
+    assert y.dtype == dtype and relative(y, x.double() @ W.t()) < 3e-3
+
+
+@pytest.mark.parametrize("M", [7, 100, 400])
+def test_experts(flags: Tensor, M: int) -> None:
+    """Each product of its own inputs; the last expert has no token."""
+    E, A, D, F = 5, 2, 256, 384
+    generator = torch.Generator().manual_seed(M)
+
+    def encoded(rows: int, columns: int) -> Any:
+        return NF4().encode(torch.randn(rows, columns, generator=generator) * 0.05)
+
+    held = [(encoded(F, D), encoded(F, D), encoded(D, F)) for _ in range(E)]
+    gate_up, down = TileLayout.of(held[0][:2], True), TileLayout.of(held[0][2:])
+    assert gate_up is not None and down is not None
+    records = [torch.cat((pack(e[:2], gate_up), pack(e[2:], down))) for e in held]
+    table = torch.tensor([record.data_ptr() for record in records])
+    x = (torch.randn(M, D, generator=generator) * 3).bfloat16()
+    ids = torch.rand(M, E - 1, generator=generator).topk(A, dim=-1).indices
+    weights = torch.rand(M, A, generator=generator).softmax(-1)
+
+    pairs, offsets = tile.sort_pairs(ids, E)
+    x_PD = x[pairs // A]
+    h = tile.grouped(x_PD, table, gate_up, offsets, silu=True)
+    y = tile.grouped(h, table, down, offsets, start=gate_up.nbytes, pairs=pairs, weights=weights)
+    h_expected, y_expected = torch.empty(h.shape, dtype=torch.float64), torch.empty(y.shape, dtype=torch.float64)
+    for e, (w1, w3, w2) in enumerate(held):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        gate, up, last = (decode(q).double().t() for q in (w1, w3, w2))
+        h_expected[rows] = torch.nn.functional.silu(x_PD[rows].double() @ gate) * (x_PD[rows].double() @ up)
+        y_expected[pairs[rows]] = h[rows].double() @ last
+    y_expected *= weights.view(-1, 1).double()
+    # Of two products of weights rounded to bfloat16, rounded itself: 3.1e-3.
+    assert relative(h, h_expected) < 3.5e-3 and relative(y, y_expected) < 3e-3
+    z = tile.experts(x, ids, weights, table, gate_up, down, gate_up.nbytes)
+    assert relative(z, y_expected.view(M, A, D).sum(1)) < 3.5e-3  # a pair's product and the sum are rounded too
