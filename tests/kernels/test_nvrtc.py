@@ -114,7 +114,7 @@ def test_arguments() -> None:
 
 def test_arguments_are_laid_out_as_in_the_source() -> None:
     """Names and order of the structure that skinny.cu takes by value."""
-    text = (Path(skinny.__file__).parent / "skinny_copy.cuh").read_text()
+    text = (Path(skinny.__file__).parent / "skinny_shape.cuh").read_text()
     body = re.sub(r"//.*", "", text[text.index("struct Args {") + 13 : text.index("};", text.index("struct Args {"))])
     names = []
     for declaration in filter(None, (part.strip() for part in body.split(";"))):

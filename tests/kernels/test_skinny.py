@@ -102,11 +102,11 @@ int main() {
 """
 
 
-def section(name: str, start: str, end: str) -> str:
-    """From the line that begins with `start` to before that which begins with `end`."""
+def section(name: str, start: str, end: str | None) -> str:
+    """From the line that begins with `start` to before that which begins with `end`, or to the end."""
     text = (Path(skinny.__file__).parent / name).read_text()
     first = text.index(start)
-    return text[first : text.index(end, first)]
+    return text[first : None if end is None else text.index(end, first)]
 
 
 @pytest.mark.parametrize("warps", skinny.WARPS)
@@ -117,7 +117,8 @@ def test_every_chunk_is_taken_once(tmp_path: Path, warps: int) -> None:
     parts = [
         SHIMS,
         f"#define WARPS {warps}\n#define SCALE_KIND 0\n#define SCALE_COLUMNS 64\n",
-        section("skinny_copy.cuh", "typedef unsigned int u32;", "__device__ inline u32 shared_address"),
+        "typedef unsigned int u32;\ntypedef unsigned long long u64;",
+        section("skinny_shape.cuh", "#define TOKENS", None),
         section("skinny_work.cuh", "// The table of levels", "// The matrix of the lane's expert"),
         section("skinny.cu", "// Where a block's share", "extern __shared__"),
         HARNESS,

@@ -6,15 +6,13 @@ early, freed too early or never written shows here too. M tokens, N rows, K colu
 
 import contextlib
 import ctypes
-import itertools
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden import emulated
 from torch import Tensor
 
 from minibble.quantize.formats import Format
@@ -24,39 +22,25 @@ from minibble.quantize.nf4_math import decode
 from minibble.runtime.kernels.linear4 import tile
 from minibble.runtime.kernels.tiles import TileLayout, pack
 
-HERE = Path(__file__).parent / "emulated"
 BLOCKS = 4  # multiprocessors of the GPU that there is not: few, so that tiles are shared and blocks make several
 REPLACED = ("ptx.cuh", "wgmma.cuh")
 SHARED = "extern __shared__ __align__(1024) u8 shared[];"
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not emulated.available(), reason="no C++ compiler")
 
 
 class Emulated:
     """A kernel as `nvrtc.Kernel`, but for the CPU."""
 
-    libraries: dict[tuple[str, ...], ctypes.CDLL] = {}  # noqa: RUF012 (of all kernels)
-    seeds = itertools.count()
-
     def __init__(self, sources: tuple[Path, ...], macros: tuple[str, ...], folder: Path):
         self.sources, self.macros, self.folder = sources, macros, folder
 
     def launch(self, grid: int, threads: int, arguments: list[Any], shared_nbytes: int, cluster: int = 1) -> None:
-        if self.macros not in self.libraries:
-            self.libraries[self.macros] = self.compiled()
+        library = emulated.library(
+            self.sources, self.macros, self.folder, replaced=REPLACED, shared=SHARED, entry="tile.cpp"
+        )
         x_map, problem = map(ctypes.byref, arguments)
-        self.libraries[self.macros].launch(grid, cluster, next(self.seeds), x_map, problem)
-
-    def compiled(self) -> ctypes.CDLL:
-        kernel = "\n".join(path.read_text() for path in self.sources if path.name not in REPLACED)
-        assert SHARED in kernel
-        kernel = kernel.replace(SHARED, "u8* shared = shared_memory();")
-        source = self.folder / f"kernel{len(self.libraries)}.cpp"
-        source.write_text((HERE / "cuda.h").read_text() + kernel + (HERE / "main.cpp").read_text())
-        library = source.with_suffix(".so")
-        flags = ["-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-shared", "-fPIC"]
-        subprocess.run(["c++", *flags, *self.macros, "-o", library, source], check=True)
-        return ctypes.CDLL(str(library))
+        library.launch(grid, cluster, next(emulated.SEEDS), x_map, problem)
 
 
 @pytest.fixture
@@ -65,7 +49,7 @@ def flags(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     partials, flags = torch.full((BLOCKS * 256 * 128,), float("nan")), torch.zeros(4 * BLOCKS, dtype=torch.int32)
     compiled = tile._compiled.__wrapped__
 
-    def emulated(*arguments: Any) -> Emulated:
+    def compiled_for_cpu(*arguments: Any) -> Emulated:
         kernel = compiled(*arguments)
         return Emulated(kernel.sources, kernel.macros, tmp_path_factory.mktemp("kernel"))
 
@@ -75,7 +59,7 @@ def flags(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
         return made
 
     monkeypatch.setattr(tile, "_kernel", tile._kernel.__wrapped__)
-    monkeypatch.setattr(tile, "_compiled", emulated)
+    monkeypatch.setattr(tile, "_compiled", compiled_for_cpu)
     monkeypatch.setattr(tile, "_tensor_map", tensor_map)
     monkeypatch.setattr(tile, "_multiprocessors", lambda index: BLOCKS)
     monkeypatch.setattr(tile, "_workspace", lambda device: (partials, flags))

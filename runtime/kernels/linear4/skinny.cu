@@ -33,11 +33,11 @@ __device__ inline int share(int block, int units) {
     return block * (units / gridDim.x) + min(block, units % gridDim.x);
 }
 
-extern __shared__ __align__(1024) char shared_memory[];
+extern __shared__ __align__(1024) char shared[];
 
 __device__ inline Shared carve(const Args& a) {
     Shared sh;
-    char* at = shared_memory;
+    char* at = shared;
     sh.lut = at, at += LUT_NBYTES;
     sh.ring = at, at += WARPS * a.stages * CHUNK_NBYTES;
     sh.x = at, at += ((a.chunks + a.splits - 1) / a.splits) * 512 * a.token_rows;
@@ -58,10 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     char* ring = sh.ring + warp * a.stages * CHUNK_NBYTES;
     u64* bars = sh.bars + warp * 2 * a.stages;  // two halves of each stage
-    if (lane < 2 * a.stages) barrier_init(bars + lane, __CUDA_ARCH__ >= 900 ? 1 : 32);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+    if (lane < 2 * a.stages) barrier_init(bars + lane, ARRIVALS);
+    barriers_ready();
     const char* matrix = matrix_of_lane(a, lane);
     // The router's choice is what the kernel before has just made, or one of the kernels before that.
     bool chosen = a.epilogue != GATE_UP;

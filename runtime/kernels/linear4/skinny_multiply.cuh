@@ -1,11 +1,5 @@
 // Of skinny.cu: a chunk of weights times up to 8 tokens.
 
-__device__ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A's registers of one step from the codes of 8 weights. B must be in the same order of columns: see `order_b`.
 struct Levels {
     u32 a[4];
@@ -18,9 +12,7 @@ struct Levels {
         a[3] = centred(codes >> 8);
     }
     __device__ static inline u32 centred(u32 codes) {
-        u32 biased = (codes & 0x000f000f) | 0x43004300, y;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(biased), "r"(0x3f803f80), "r"(0xc308c308));  // - 136
-        return y;
+        return fma_pairs((codes & 0x000f000f) | 0x43004300, 0x3f803f80, 0xc308c308);  // - 136
     }
     __device__ static inline void order_b(u32& b0, u32& b1) {
         u32 even = __byte_perm(b0, b1, 0x5410), odd = __byte_perm(b0, b1, 0x7632);
@@ -37,12 +29,6 @@ struct Levels {
     __device__ static inline void order_b(u32&, u32&) {}
 #endif
 };
-
-__device__ inline float half_to_float(u32 bits) {
-    float f;
-    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
-    return f;
-}
 
 // The scales of one row in one chunk, of which `get` gives that of some 64 (or 32) columns.
 struct RowScales {

@@ -27,12 +27,6 @@ __device__ inline float reduced(const Shared& sh, int width, int total, int toke
     return sum;
 }
 
-__device__ inline unsigned short to_bfloat16(float f) {
-    unsigned short h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
-}
-
 __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& seg) {
     int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
     int rows = a.epilogue == GATE_UP ? 16 : 32, shift = a.epilogue == GATE_UP ? 4 : 5;

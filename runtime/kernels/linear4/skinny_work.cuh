@@ -1,5 +1,23 @@
 // Of skinny.cu: what a block does, in what order, and what it needs for it.
 
+// Half a chunk, its scales with the first: 128 columns, so that little of a ring stands empty while it is worked on.
+template <int HALF>
+__device__ inline void copy_half(char* stage, const char* from, u64* bars, int lane) {
+    const int FROM = HALF * HALF_NBYTES, SCALES = HALF ? 0 : CHUNK_NBYTES - CODES_NBYTES;
+    u64* bar = bars + HALF;
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+        barrier_expect(bar, HALF_NBYTES + SCALES);
+        copy_bulk(stage + FROM, from + FROM, HALF_NBYTES, bar);
+        if (SCALES) copy_bulk(stage + CODES_NBYTES, from + CODES_NBYTES, SCALES, bar);
+    }
+#else
+    for (int i = FROM + lane * 16; i < FROM + HALF_NBYTES; i += 512) copy_16(stage + i, from + i);
+    for (int i = CODES_NBYTES + lane * 16; i < CODES_NBYTES + SCALES; i += 512) copy_16(stage + i, from + i);
+    barrier_arrive_after_copies(bar);
+#endif
+}
+
 // The table of levels fills only half of every LUT_STRIDE bytes; the sums that warps leave lie in the other halves.
 struct Shared {
     char *lut, *ring, *x;

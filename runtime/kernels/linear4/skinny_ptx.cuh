@@ -1,0 +1,92 @@
+// Of skinny.cu: the PTX it is made of. Before Hopper lanes copy for themselves, and barriers count lanes.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define EVICT_FIRST 0x12F0000000000000ull  // the policy createpolicy.fractional.L2::evict_first makes: read once
+#define ARRIVALS (__CUDA_ARCH__ >= 900 ? 1 : 32)  // that a barrier waits for: the copy engine's, or each lane's
+
+__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ inline void barrier_init(u64* bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+
+__device__ inline void barrier_wait(u64* bar, u32 parity) {
+    u32 done;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                     : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+    } while (!done);
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline void barrier_expect(u64* bar, int nbytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                 ::"r"(shared_address(bar)), "r"(nbytes) : "memory");
+}
+
+// Makes barriers known to the copy engine.
+__device__ inline void barriers_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ inline void copy_bulk(char* to, const char* from, int nbytes, u64* bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(nbytes), "r"(shared_address(bar)), "l"(EVICT_FIRST) : "memory");
+}
+#else
+__device__ inline void copy_16(char* to, const char* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Arrive when this thread's copies so far are there.
+__device__ inline void barrier_arrive_after_copies(u64* bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
+__device__ inline void barriers_ready() {}
+#endif
+
+// 4 bytes, without waiting for them; zeros if not `there`.
+__device__ inline void copy_word(char* to, const char* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
+                 : "memory");
+}
+
+__device__ inline void wait_for_words() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// d += a b, bfloat16 operands in the registers of a warp, sums in float32.
+__device__ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// a b + c of pairs of bfloat16.
+__device__ inline u32 fma_pairs(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
+
+__device__ inline float half_to_float(u32 bits) {
+    float f;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
+    return f;
+}
+
+__device__ inline unsigned short to_bfloat16(float f) {
+    unsigned short h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}

@@ -1,0 +1,47 @@
+"""CUDA kernels compiled for the CPU with a stand-in for CUDA, `kernels/emulated/cuda.h`: one fiber a thread."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1] / "kernels" / "emulated"
+SEEDS = itertools.count()
+_libraries: dict[tuple[str, ...], ctypes.CDLL] = {}
+
+
+def available() -> bool:
+    """True where there is a C++ compiler."""
+    return shutil.which("c++") is not None
+
+
+def library(
+    sources: Sequence[Path],
+    macros: Sequence[str],
+    folder: Path,
+    *,
+    replaced: Sequence[str],
+    shared: str,
+    headers: Sequence[str] = ("cuda.h",),
+    entry: str,
+) -> ctypes.CDLL:
+    """The kernel of `sources`, without those `replaced` by `headers`, with the function `launch` of `entry`.
+
+    `shared` is how the sources declare shared memory. Compiled once for each entry and set of macros.
+    """
+    key = entry, *macros
+    if key not in _libraries:
+        kernel = "\n".join(path.read_text() for path in sources if path.name not in replaced)
+        assert shared in kernel
+        kind = shared.split()[-2]
+        kernel = kernel.replace(shared, f"#define shared (({kind}*)shared_memory())")
+        source = folder / f"{Path(entry).stem}{len(_libraries)}.cpp"
+        parts = [*((HERE / name).read_text() for name in headers), kernel, (HERE / entry).read_text()]
+        source.write_text("\n".join(parts))
+        built = source.with_suffix(".so")
+        flags = ["-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-shared", "-fPIC"]
+        subprocess.run(["c++", *flags, *macros, "-o", built, source], check=True)
+        _libraries[key] = ctypes.CDLL(str(built))
+    return _libraries[key]

@@ -1,0 +1,153 @@
+"""The kernel for few tokens itself, compiled for the CPU with a stand-in for CUDA: `emulated/cuda.h`, `skinny.h`.
+
+For Hopper, with its copy engine, and as before it, with copies by lanes. M tokens, N rows, K columns, A active.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import emulated
+from torch import Tensor
+
+from minibble.quantize.formats import Format
+from minibble.quantize.int4 import Int4
+from minibble.quantize.nf4 import NF4
+from minibble.quantize.nf4_math import decode
+from minibble.runtime.kernels.linear4 import skinny
+from minibble.runtime.kernels.moe4.table import ExpertTable
+from minibble.runtime.kernels.tiles import TileLayout, pack
+
+BLOCKS = 3  # multiprocessors of the GPU that there is not
+SHARED_NBYTES = 232448  # of one of Hopper's
+
+pytestmark = pytest.mark.skipif(not emulated.available(), reason="no C++ compiler")
+
+
+class Emulated:
+    """A kernel as `nvrtc.Kernel`, but for the CPU."""
+
+    def __init__(self, macros: tuple[str, ...], folder: Path):
+        self.macros, self.folder = macros, folder
+
+    def launch(
+        self, grid: int, threads: int, arguments: list[Any], shared_nbytes: int, overlap: bool = False
+    ) -> None:  # fmt: skip
+        sources = [Path(skinny.__file__).with_name(name) for name in skinny.SOURCES]
+        library = emulated.library(
+            sources, self.macros, self.folder, replaced=("skinny_ptx.cuh",),
+            shared="extern __shared__ __align__(1024) char shared[];", headers=("cuda.h", "skinny.h"),
+            entry="skinny.cpp",
+        )  # fmt: skip
+        library.launch(grid, next(emulated.SEEDS), ctypes.byref(arguments[0]))
+
+
+@pytest.fixture(params=[900, 800], ids=["hopper", "before"])
+def counters(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Tensor]:
+    """Puts the CPU in the GPU's place; yields the counters that blocks share, which end as they began."""
+    held = torch.zeros(64, dtype=torch.int32)
+
+    def kernel(warps: int, scale_kind: int, scale_columns: int) -> Emulated:
+        macros = {"WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns}
+        flags = tuple(f"-D{name}={value}" for name, value in macros.items())
+        return Emulated((*flags, f"-D__CUDA_ARCH__={request.param}"), tmp_path_factory.mktemp("kernel"))
+
+    monkeypatch.setattr(skinny, "_kernel", kernel)
+    monkeypatch.setattr(skinny, "_processors", lambda index: BLOCKS)
+    monkeypatch.setattr(skinny, "_shared_limit", lambda index: SHARED_NBYTES)
+    monkeypatch.setattr(skinny, "counters", lambda device: held)
+    for kept in (skinny.splits_for, skinny.most_tokens):
+        kept.cache_clear()
+    yield held
+    for kept in (skinny.splits_for, skinny.most_tokens):
+        kept.cache_clear()
+    assert not held.any()
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("format", "M"),
+    [(NF4(), 1), (NF4(), 8), (NF4(double_quant=False), 3), (Int4(128), 2), (Int4(64), 9), (Int4(32), 1)],
+    ids=str,
+)
+def test_products(counters: Tensor, format: Format, M: int) -> None:
+    """Two parts, rows that fill no tile, and, where the layout can, columns that fill no chunk; whole and cut."""
+    K = 768 if isinstance(format, NF4) and format.double_quant else 640
+    generator = torch.Generator().manual_seed(M)
+    parts = [format.encode(torch.randn(rows, K, generator=generator)) for rows in (80, 23)]
+    layout = TileLayout.of(parts)
+    assert layout is not None
+    operand = skinny.Operand(layout, pack(parts, layout))
+    x = torch.randn(M, K, generator=generator).bfloat16()
+    exact = x.double() @ torch.cat([decode(q) for q in parts]).double().t()
+    for splits in (1, 2, 3):
+        y = poisoned(M, 103, dtype=torch.bfloat16)
+        skinny.launch(operand, skinny.BFLOAT16, x, y, splits=splits)
+        assert relative(y, exact) < 3e-3
+        sums = poisoned(splits, M, 103)
+        skinny.launch(operand, skinny.PARTS, x, sums, splits=splits)
+        assert relative(sums.sum(0), exact) < 1.5e-3
+
+
+@pytest.mark.parametrize(
+    ("format", "M", "experts", "active"),
+    [(NF4(), 1, 4, 2), (NF4(), 11, 3, 2), (NF4(), 20, 5, 2), (Int4(32), 3, 40, 3), (Int4(128), 6, 2, 1)],
+    ids=str,
+)
+def test_experts(counters: Tensor, format: Format, M: int, experts: int, active: int) -> None:
+    """Few pairs and many, more experts than a warp has lanes, more than 8 tokens of one expert, one expert each."""
+    D, F = 256, 512
+    generator = torch.Generator().manual_seed(M)
+    gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
+    down = TileLayout.make((D,), F, format.levels, format.block_size, True)
+    assert gate_up is not None and down is not None
+    table = ExpertTable(experts, gate_up, down, torch.device("cpu"))
+    held = []
+    for expert in range(experts):
+        gate, up = (format.encode(torch.randn(F, D, generator=generator) * D**-0.5) for _ in range(2))
+        last = format.encode(torch.randn(D, F, generator=generator) * F**-0.5)
+        table.put(expert, "gate_up", [gate, up])
+        table.put(expert, "down", [last])
+        held.append([decode(q).double().t() for q in (gate, up, last)])
+    x = torch.randn(M, D, generator=generator).bfloat16()
+    ids = torch.rand(M, experts, generator=generator).topk(active).indices.int()
+    weights = torch.rand(M, active, generator=generator)
+    exact = torch.zeros(M, D, dtype=torch.float64)
+    for expert, (gate64, up64, down64) in enumerate(held):
+        share = (weights * (ids == expert)).sum(1).double()
+        hidden = torch.nn.functional.silu(x.double() @ gate64) * (x.double() @ up64)
+        exact += share[:, None] * (hidden @ down64)
+    assert relative(table.decode(x, ids, weights).sum(0), exact) < 3e-3
+
+
+def test_tokens_in_turns(counters: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of 99 KB of shared memory: four warps, and few tokens at a time."""
+    monkeypatch.setattr(skinny, "_shared_limit", lambda index: 101376)
+    D, F, M = 1536, 256, 7
+    gate_up, down = TileLayout.make((F, F), D, "nf4", 64, True, True), TileLayout.make((D,), F, "nf4", 64, True)
+    assert gate_up is not None and down is not None
+    most = skinny.most_tokens(gate_up, torch.device("cpu"), True, 2, 4)
+    assert 1 <= most < M
+    table, generator = ExpertTable(4, gate_up, down, torch.device("cpu")), torch.Generator().manual_seed(0)
+    for expert in range(4):
+        table.put(expert, "gate_up", [NF4().encode(torch.randn(F, D, generator=generator) / 39) for _ in range(2)])
+        table.put(expert, "down", [NF4().encode(torch.randn(D, F, generator=generator) / 16)])
+    x = torch.randn(M, D, generator=generator).bfloat16()
+    ids = torch.rand(M, 4, generator=generator).topk(2).indices.int()
+    weights = torch.rand(M, 2, generator=generator)
+    whole = table.decode(x, ids, weights)
+    assert whole.shape == (1, M, D)
+    each = [table.decode(x[m : m + 1], ids[m : m + 1], weights[m : m + 1]).sum(0) for m in range(M)]
+    torch.testing.assert_close(whole[0], torch.cat(each), rtol=1e-4, atol=1e-5)
