@@ -30,6 +30,7 @@ def render() -> str:
         [
             HEAD,
             *kernels(),
+            *small_kernels(),
             *decode_layer(),
             *prefill_layers(),
             *quality_gpu(),
@@ -63,16 +64,32 @@ def kernels() -> list[str]:
             "columns are the time for each expert whose weights are read, as a multiple of that at M = 1. Peers go "
             "expert by expert and know beforehand which tokens each has."
         )
-        lightning = (
-            "From the projections to the gated output, state in float32; the floor is what must be read and written "
-            "at the reading bandwidth, or the recurrence's operations at the matrix rate."
-        )
         found += [
             section(f"4-bit products, {r['hardware']['gpu']}", text + linear, *tables.linear4(r)),
             section(f"Routed experts, {r['hardware']['gpu']}", moe, *tables.moe4(r)),
-            section(f"Lightning attention of a layer, {r['hardware']['gpu']}", lightning, *tables.lightning(r)),
         ]
     return found
+
+
+def small_kernels() -> list[str]:
+    """Lightning attention, norms and the router beside the time that their bytes take."""
+    text = (
+        "`benchmarks/small_kernels.py`: one layer's, from what each reads in memory to what it leaves there; floors "
+        "are bytes at the reading bandwidth of the same run. Lightning attention goes from the projections to the "
+        "gated output, state in float32: sequences x tokens."
+    )
+    head = ["", "", "\u00b5s", "floor", "error"]
+    return [
+        section(f"Lightning attention, norms and router, {r['hardware']['gpu']}", text, head, small_rows(r))
+        for r in of_each_gpu("small_kernels")
+    ]
+
+
+def small_rows(r: dict[str, Any]) -> list[list[str]]:
+    return [
+        [row["kernel"], row["shape"], f"{row['us']:.1f}", f"{row['floor_us']:.1f}", f"{row['error']:.1e}"]
+        for row in r["rows"]
+    ]
 
 
 def decode_layer() -> list[str]:
