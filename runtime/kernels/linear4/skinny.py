@@ -18,7 +18,14 @@ from minibble.runtime.kernels.counters import COUNT, counters
 from minibble.runtime.kernels.nvrtc import Kernel
 from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, level_scale
 
-SOURCES = ("skinny_ptx.cuh", "skinny_shape.cuh", "skinny_work.cuh", "skinny_multiply.cuh", "skinny_output.cuh", "skinny.cu")
+SOURCES = (
+    "skinny_ptx.cuh",
+    "skinny_shape.cuh",
+    "skinny_work.cuh",
+    "skinny_multiply.cuh",
+    "skinny_output.cuh",
+    "skinny.cu",
+)
 TOKENS = 8  # in one pass over the weights
 MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
