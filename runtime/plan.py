@@ -90,6 +90,7 @@ def plan_memory(
     """The plan for running `source` on one `device` with activations of `dtype`; pieces of a prompt have
     `prefill_chunk` tokens, by default what suits the device."""
     prefill_chunk = prefill_chunk or default_prefill_chunk(device)
+    running = workspace_nbytes(source, device, dtype, batch * min(context, prefill_chunk))
     return MemoryPlan(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -98,7 +99,7 @@ def plan_memory(
         weights_bytes=weights_nbytes(source, device, dtype),
         kv_cache_bytes=kv_cache_bytes(source.config, context, batch, dtype.itemsize),
         state_bytes=state_bytes(source.config, batch),
-        workspace_bytes=workspace_nbytes(source, device, dtype, batch * min(context, prefill_chunk)),
+        workspace_bytes=max(running, loading_nbytes(source, device, dtype)),
         budget_bytes=budget_bytes,
     )
 
@@ -168,10 +169,22 @@ def workspace_nbytes(source: Source, device: torch.device, dtype: torch.dtype, t
     if device.type == "cuda" and usable(dtype) and source.quantized:
         routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
         work = hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
-        return 2 * CUBLAS_NBYTES + TILE_NBYTES + work  # decode steps have a stream and so a cuBLAS of their own
+        return 2 * (CUBLAS_NBYTES + TILE_NBYTES) + work  # decode steps have a stream, and so these, of their own
     products = projected + max((rows * columns * dtype.itemsize for rows, columns in _products(source)), default=0)
     fixed = CUBLAS_NBYTES if device.type == "cuda" else 0
     return fixed + hidden + max(lightning, products)
+
+
+def loading_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of temporary tensors while the largest matrix is laid out for the kernels: as stored, and put together."""
+    if device.type != "cuda" or not usable(dtype) or source.format is None:
+        return 0
+    specs = {spec.name: spec for spec in source.inventory}
+    stored = [
+        sum(source.format.held_nbytes(specs[name].shape) for name in names if name in source.quantized)
+        for _, names in by_module(source.config)
+    ]
+    return 2 * max(stored, default=0)
 
 
 def _products(source: Source) -> Iterable[tuple[int, int]]:

@@ -152,6 +152,7 @@ def pack(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tensor | Non
     codes = codes.view(layout.tiles, 2, 2, 8, layout.chunks, 4, 4, 2, 4)  # tile, rt, r+8, g, chunk, kb, s, c+8, t
     arranged = tiles[:, :, :CODES_NBYTES].view(layout.tiles, layout.chunks, 4, 2, 8, 4, 4, 2, 2)
     arranged.copy_(codes.permute(0, 4, 5, 1, 3, 8, 6, 7, 2))
+    del codes  # a copy of all of them, where there are several parts
     scales = _row_tiles([_scales(q, layout) for q in parts], layout, COLUMNS // layout.scale_columns, 0)
     scales = scales.view(layout.tiles, ROWS, layout.chunks, -1).transpose(1, 2).contiguous()
     tiles[:, :, CODES_NBYTES:] = scales.view(torch.uint8).flatten(2)
@@ -163,10 +164,17 @@ def pack(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tensor | Non
 def _row_tiles(matrices: list[Tensor], layout: TileLayout, columns: int, padding: int) -> Tensor:
     """`matrices` of equal width in the order of 16-row tiles, padded to whole tiles and chunks."""
     width = layout.chunks * columns
-    margins = [(0, width - m.shape[1], 0, -m.shape[0] % 16) for m in matrices]
-    padded = [F.pad(m, margin, value=padding).view(-1, 16, width) for m, margin in zip(matrices, margins, strict=True)]
-    stacked = torch.stack(padded, dim=1).flatten(0, 1) if layout.interleaved else torch.cat(padded)
-    return F.pad(stacked, (0, 0, 0, 0, 0, 2 * layout.tiles - len(stacked)), value=padding)
+    padded = [_padded(m, (0, width - m.shape[1], 0, -m.shape[0] % 16), padding).view(-1, 16, width) for m in matrices]
+    if layout.interleaved:
+        stacked = torch.stack(padded, dim=1).flatten(0, 1)
+    else:
+        stacked = torch.cat(padded) if len(padded) > 1 else padded[0]
+    return _padded(stacked, (0, 0, 0, 0, 0, 2 * layout.tiles - len(stacked)), padding)
+
+
+def _padded(x: Tensor, margins: tuple[int, ...], value: int) -> Tensor:
+    """As F.pad, but no copy where nothing is added."""
+    return F.pad(x, margins, value=value) if any(margins) else x
 
 
 def _scales(q: QuantizedTensor, layout: TileLayout) -> Tensor:
