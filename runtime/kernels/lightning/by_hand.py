@@ -25,7 +25,9 @@ PIECE_NBYTES = 4 * _TILE_NBYTES + _ALIGNED_NBYTES  # of shared memory: k and v o
 ATTENTION_NBYTES = 6 * _TILE_NBYTES + 64 * 64 * 2 + _ALIGNED_NBYTES  # q, k and v of two, and scores
 PROGRAMS = 2  # on an SM at once
 
-_SOURCES = (Path(__file__).parent / "attention.cu",)
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("attention_ptx.cuh", "attention_block.cuh", "attention.cu")
+)
 
 
 @cache
