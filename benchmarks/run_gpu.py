@@ -1,4 +1,4 @@
-"""Run a model of the real sizes on one GPU: peak memory against the plan, and the plain path's speed.
+"""Run a model of the real sizes on one GPU: peak memory against the plan, and how fast it goes.
 
     python benchmarks/run_gpu.py [--layers 2] [--folder DIR] [--prompt-tokens 512] [--new-tokens 32]
 
