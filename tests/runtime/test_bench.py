@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from minibble.runtime.kernels import reference_forced
 CPU = torch.device("cpu")
 FORMATS = {"nf4-dq": NF4(), "int4-g128": Int4(128)}
 REAL = builtin_config("minimax-text-01")
+
+needs_peer = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
 @pytest.fixture
@@ -64,6 +67,7 @@ def measured_linear(tokens: Sequence[int] = (1, 3)) -> dict[str, Any]:
     return linear.measure(FORMATS, tokens, CPU, 2.0, lambda current: None, shape=(256, 512))
 
 
+@needs_peer
 def test_linear4_and_its_peers(clock: list[int]) -> None:
     result = measured_linear()
     held = 256 * 512 // 2 + 256 * 512 // 64 + 4 * 8  # codes, a byte a block, a float for 256 blocks
@@ -124,6 +128,7 @@ def measured_moe(tokens: Sequence[int] = (1, 3)) -> dict[str, Any]:
     return moe.measure(FORMATS, tokens, CPU, 2.0, lambda current: None, SIZES)
 
 
+@needs_peer
 def test_moe4_and_its_peers(clock: list[int]) -> None:
     result = measured_moe()
     expert = 3 * (128 * 256 // 2 + 128 * 256 // 64 + 4 * 2)
@@ -227,6 +232,7 @@ def test_both_kernels_in_one_result(clock: list[int], quick: bool, monkeypatch: 
     assert result["versions"]["torch"] == torch.__version__ and json.dumps(result)
 
 
+@needs_peer
 def test_tables_from_the_json(clock: list[int]) -> None:
     result = json.loads(json.dumps(full_result()))
     head, rows = tables.linear4(result)
