@@ -118,7 +118,8 @@ def launch(
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
     kernel = _kernel(shape.warps, kind, layout.scale_columns)
-    kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
+    with torch.cuda.device_of(x):
+        kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
 
 @cache
