@@ -18,7 +18,7 @@ from minibble.quantize.int4 import Int4
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.kernels.linear4 import tile
+from minibble.runtime.kernels.linear4 import decoded, tile
 from minibble.runtime.kernels.tiles import TileLayout, pack
 
 FORMATS: dict[str, Format] = {
@@ -55,7 +55,7 @@ def check() -> None:
         for shapes in (((F, D),), ((1008, 768), (77, 768)), ((320, F),)):
             parts, layout, data = matrix(format, *shapes)
             W = weights_of(parts)
-            assert torch.equal(tile.decode_tiles(data, layout), W.float().bfloat16())
+            assert torch.equal(decoded.decode_tiles(data, layout), W.float().bfloat16())
             for M in (1, 2, 3, 7, 16, 17, 63, 64, 65, 300, 2048):
                 x = activations(M, layout.K)
                 expected = x.double() @ W.t()
@@ -103,7 +103,9 @@ def time_linear() -> None:
         for format, (layout, datas) in held.items():
             row[format] = median_us([partial(tile.linear, x, data, layout) for data in datas] * repeat)
             if M >= 256:
-                row[f"{format} decoded"] = median_us([partial(tile.linear_decoded, x, data, layout) for data in datas])
+                row[f"{format} decoded"] = median_us(
+                    [partial(decoded.linear_decoded, x, data, layout) for data in datas]
+                )
         print(json.dumps({"M": M, "us": {key: round(us, 1) for key, us in row.items()}}), flush=True)
 
 
@@ -111,7 +113,7 @@ def time_decode() -> None:
     for format in ("nf4-dq", "g128"):
         _, layout, data = matrix(format, (F, D))
         out = torch.empty(F, D, dtype=torch.bfloat16, device=DEVICE)
-        us = median_us([partial(tile.decode_tiles, data.clone(), layout, out=out) for _ in range(4)])
+        us = median_us([partial(decoded.decode_tiles, data.clone(), layout, out=out) for _ in range(4)])
         print(json.dumps({"decode": format, "us": round(us, 1), "TB_s_written": round(out.nbytes / us / 1e6, 2)}))
 
 

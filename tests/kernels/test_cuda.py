@@ -142,10 +142,10 @@ def test_captured_in_a_graph(generator: torch.Generator) -> None:
 
 def test_before_hopper(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sources compiled for compute capability 8.0 run here as PTX, without what Hopper alone has."""
-    from minibble.runtime.kernels.linear4 import cuda, skinny, tile
+    from minibble.runtime.kernels.linear4 import cuda, decoded, skinny
 
     monkeypatch.setenv("MINIBBLE_CUDA_ARCH", "compute_80")
-    caches = (nvrtc.architecture, nvrtc._module, skinny._kernel, tile._decode_kernel)
+    caches = (nvrtc.architecture, nvrtc._module, skinny._kernel, decoded._decode_kernel)
     for cache in caches:
         cache.cache_clear()
     try:

@@ -10,7 +10,7 @@ import torch
 from minibble.quantize.errors import MinibbleError
 from minibble.runtime.kernels import nvrtc
 from minibble.runtime.kernels.lightning import by_hand
-from minibble.runtime.kernels.linear4 import skinny, tile
+from minibble.runtime.kernels.linear4 import decoded, skinny, tile
 
 
 def compiler() -> str | None:
@@ -60,7 +60,7 @@ def test_many_tokens(variant: tuple[bool, bool, int, int, bool, bool, bool, bool
 @pytest.mark.parametrize("arch", ["sm_90a", "compute_80"])
 @pytest.mark.parametrize("variant", [(True, True, 64), (True, False, 64), (False, False, 128), (False, False, 32)])
 def test_decoding(arch: str, variant: tuple[bool, bool, int]) -> None:
-    assert b"decode_tiles" in compiled(tile._decode_kernel(*variant), arch)
+    assert b"decode_tiles" in compiled(decoded._decode_kernel(*variant), arch)
 
 
 @needs_nvrtc

@@ -17,7 +17,7 @@ from minibble.quantize.int4 import Int4
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode, dynamic_map, level_table
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.kernels.linear4 import tile
+from minibble.runtime.kernels.linear4 import decoded, tile
 from minibble.runtime.kernels.tiles import TileLayout, pack
 
 FORMATS = [NF4(), NF4(double_quant=False), Int4(32), Int4(64), Int4(128)]
@@ -232,9 +232,9 @@ def test_decoded_tiles(cuda_device: torch.device, format: Format, shapes: tuple[
     layout, data = packed(parts)
     W = values(parts)
     poison(cuda_device)
-    assert torch.equal(tile.decode_tiles(data, layout), W.bfloat16())
-    assert torch.equal(tile.decode_tiles(data, layout, (32, layout.N)), W[32:].bfloat16())
+    assert torch.equal(decoded.decode_tiles(data, layout), W.bfloat16())
+    assert torch.equal(decoded.decode_tiles(data, layout, (32, layout.N)), W[32:].bfloat16())
     x = torch.randn(65, layout.K, device=cuda_device).bfloat16()
     for dtype in (torch.float32, torch.bfloat16):
-        y = tile.linear_decoded(x, data, layout, dtype, slice_nbytes=1 << 20)
+        y = decoded.linear_decoded(x, data, layout, dtype, slice_nbytes=1 << 20)
         assert y.dtype == dtype and relative(y, x.double() @ W.double().t()) < BOUND

@@ -1,16 +1,15 @@
 """The kernels' layout of 4-bit matrices, read back byte by byte as docs/adr/0009-kernel-layout.md describes it."""
 
-import struct
-
 import pytest
 import torch
+from golden.tiles_by_byte import read_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
 from minibble.quantize.nf4 import NF4
-from minibble.quantize.nf4_math import CODEBOOK, decode, dynamic_map
+from minibble.quantize.nf4_math import CODEBOOK, decode
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels import tiles
 from minibble.runtime.kernels.tiles import TileLayout, byte_levels, kernel_levels, level_scale, pack
@@ -21,34 +20,6 @@ FORMATS = [NF4(), NF4(double_quant=False), Int4(128), Int4(64), Int4(32), Int4(2
 def quantized(rows: tuple[int, ...], K: int, format: Format, seed: int = 0) -> list[QuantizedTensor]:
     generator = torch.Generator().manual_seed(seed)
     return [format.encode(torch.randn(n, K, generator=generator)) for n in rows]
-
-
-def read_back(data: bytes, layout: TileLayout) -> torch.Tensor:
-    """The matrix [padded rows, padded K], float32, each weight looked up on its own; rows in the order of the tiles."""
-    levels = CODEBOOK if layout.levels == "nf4" else range(-8, 8)
-    table, rows, columns = dynamic_map().tolist(), 32 * layout.tiles, 256 * layout.chunks
-    out = torch.empty(rows, columns)
-    for row in range(rows):
-        tile, rt, in_tile = row // 32, row // 16 % 2, row % 16
-        g, lower = in_tile % 8, in_tile // 8
-        for column in range(columns):
-            chunk, kb, s = column // 256, column // 64 % 4, column // 16 % 4
-            t, right = column % 8 // 2, column // 8 % 2
-            start = (tile * layout.chunks + chunk) * layout.chunk_nbytes
-            byte = data[start + ((kb * 2 + rt) * 32 + 4 * g + t) * 16 + 4 * s + 2 * right + lower]
-            code = byte & 0xF if column % 2 else byte >> 4
-            per_row = 256 // layout.scale_columns
-            index = row % 32 * per_row + column % 256 // layout.scale_columns
-            at = start + 4096 + index * layout.scale_nbytes
-            if layout.nested:
-                first, offset = struct.unpack_from("<if", data, layout.meta_start + 8 * (row // 16))
-                block = first + in_tile * (layout.K // 64) + column // 64
-                nested = struct.unpack_from("<f", data, layout.nested_start + 4 * (block >> 8))[0]
-                scale = table[data[at]] * nested + offset
-            else:
-                scale = struct.unpack_from("<f" if layout.scale_nbytes == 4 else "<e", data, at)[0]
-            out[row, column] = levels[code] * scale
-    return out
 
 
 def padded_rows(parts: list[QuantizedTensor], interleaved: bool) -> torch.Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decode import decode_into
+from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.linear4.stored import StoredParts
 from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
@@ -38,7 +39,7 @@ class TiledLinear:
     def _product(self, x_MK: Tensor, out_dtype: torch.dtype) -> Tensor:
         M = len(x_MK)
         if self._few(x_MK.device) < M:
-            many = tile.linear if tile.available(x_MK.device) else tile.linear_decoded
+            many = tile.linear if tile.available(x_MK.device) else linear_decoded
             return many(x_MK, self.data, self.layout, out_dtype)
         if out_dtype == torch.float32:
             return self.partial(x_MK).sum(0)

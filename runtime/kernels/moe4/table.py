@@ -12,6 +12,7 @@ from torch import Tensor
 from minibble.quantize.formats import Format
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import skinny, tile
+from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
 FEW = 64  # tokens up to which the kernel for few of them is the quicker
@@ -95,8 +96,8 @@ class ExpertTable:
                 continue
             chosen = pairs[first:last]
             tokens, record = chosen // ids_MA.shape[1], self.records[expert]
-            both = tile.linear_decoded(x_MD[tokens], record, self.gate_up).view(last - first, -1, 2, 16)
+            both = linear_decoded(x_MD[tokens], record, self.gate_up).view(last - first, -1, 2, 16)
             h = torch.nn.functional.silu(both[:, :, 0]) * both[:, :, 1]
-            y = tile.linear_decoded(h.flatten(1), record[self.gate_up.nbytes :], self.down, torch.float32)
+            y = linear_decoded(h.flatten(1), record[self.gate_up.nbytes :], self.down, torch.float32)
             out.index_add_(0, tokens, y * weights_MA.reshape(-1)[chosen, None])
         return out
