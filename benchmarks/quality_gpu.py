@@ -8,10 +8,8 @@ Gate: each KL divergence within 1 % of the reference kernels' on the same window
 """
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from minibble.calibrate.job import quantize
 from minibble.runtime import evaluate as scoring
 from minibble.runtime.bench import gpu
+from minibble.runtime.bench.check import kernels
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
 
@@ -57,7 +56,7 @@ def main() -> None:
 
 def measure(path: Path, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Scores by each set of kernels, and KL divergences over that of the reference kernels."""
-    with reference_kernels():
+    with kernels("reference"):
         reference = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.windows)
         few = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.single_windows)
     many = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.windows)
@@ -77,7 +76,7 @@ def kl_by_single_tokens(path: Path, options: argparse.Namespace, device: torch.d
     """Mean KL divergence of decode steps, all windows at once, from SOURCE's predictions by the reference kernels."""
     model = load(path, device=device)
     windows = torch.stack(scoring._windows(model, options.text, 512, options.single_windows)).to(device)
-    with reference_kernels():
+    with kernels("reference"):
         source = load(options.source, device=device)
         theirs = torch.stack([source(window[None], use_cache=False).logits[0, :-1] for window in windows])
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -95,16 +94,6 @@ def steps(model: MiniMaxForCausalLM, ids_BT: Tensor) -> Iterator[Tensor]:
         output = model(ids_BT[:, position : position + 1], past_key_values=state, use_cache=True)
         state = output.past_key_values
         yield output.logits[:, -1]
-
-
-@contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Everything loaded and run within goes through the reference kernels."""
-    os.environ["MINIBBLE_KERNELS"] = "reference"
-    try:
-        yield
-    finally:
-        del os.environ["MINIBBLE_KERNELS"]
 
 
 if __name__ == "__main__":

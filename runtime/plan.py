@@ -128,9 +128,8 @@ def module_nbytes(specs: list[TensorSpec], source: Source, device: torch.device,
 
 
 def _kernel_layout(specs: list[TensorSpec], format: Format) -> TileLayout | None:
-    nested = bool(getattr(format, "double_quant", False))
     rows, interleaved = tuple(spec.shape[0] for spec in specs), specs[0].expert is not None and len(specs) > 1
-    return TileLayout.make(rows, specs[0].shape[1], format.levels, format.block_size, nested, interleaved)
+    return TileLayout.of_format(rows, specs[0].shape[1], format, interleaved)
 
 
 def resident_nbytes(spec: TensorSpec, source: Source, device: torch.device, dtype: torch.dtype, rows: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minibble.quantize.formats import Format
 from minibble.quantize.nf4_math import CODEBOOK, decode_absmax, zero_byte
 from minibble.quantize.tensors import NESTED_BLOCK, Levels, QuantizedTensor
 from minibble.runtime.kernels import nvrtc, reference_forced
@@ -63,6 +64,12 @@ class TileLayout:
         first = parts[0]
         nested, rows = first.nested_absmax is not None, tuple(q.shape[0] for q in parts)
         return cls.make(rows, first.shape[1], first.levels, first.block_size, nested, interleaved)
+
+    @classmethod
+    def of_format(cls, rows: tuple[int, ...], K: int, format: Format, interleaved: bool = False) -> "TileLayout | None":
+        """The layout of matrices of `rows` and K columns in `format`; None as in `of`."""
+        nested = bool(getattr(format, "double_quant", False))
+        return cls.make(rows, K, format.levels, format.block_size, nested, interleaved)
 
     @classmethod
     def make(

@@ -3,19 +3,15 @@
 The kernels get the oracle's own factor and scales, so what is compared here is the column loop alone.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from golden import gptq_float64 as oracle
+from golden.kernel_checks import interpreted
 from torch import Tensor
 
 from minibble.quantize.nf4_math import level_table, nearest_levels
@@ -313,15 +309,7 @@ def check_interpreted() -> None:
 
 
 def test_triton_kernels_interpreted() -> None:
-    """Through Triton's interpreter, which must be chosen before triton is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    program = "import test_feedback\ntest_feedback.check_interpreted()\n"
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    interpreted("test_feedback", "check_interpreted")
 
 
 @pytest.mark.gpu

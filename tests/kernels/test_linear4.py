@@ -1,13 +1,10 @@
 """Products with 4-bit matrices: every path against the float32 reference. M tokens, N rows, K columns."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from golden.kernel_checks import interpreted
 
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
@@ -198,22 +195,15 @@ def test_cuda_decodes_to_the_same_bits(cuda_device: torch.device, shape: tuple[i
 
 
 def test_decode_kernel_interpreted() -> None:
-    """The same kernel on the CPU through Triton's interpreter, which must be chosen before triton is imported.
+    """The same kernel on the CPU through Triton's interpreter."""
+    interpreted("test_linear4", "check_interpreted")
 
-    In float32 only: the interpreter cuts float32 off to bfloat16 where a GPU rounds.
-    """
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    program = (
-        "import torch, test_linear4 as t\n"
-        "for format in (t.NF4(), t.NF4(double_quant=False), t.Int4(64), t.Int4(8)):\n"
-        "    for shape in ((1, 64), (7, 192), (40, 256)):\n"
-        "        t.check_decode(torch.device('cpu'), shape, format, (torch.float32,))\n"
-    )
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+def check_interpreted() -> None:
+    """In float32 only: the interpreter cuts float32 off to bfloat16 where a GPU rounds."""
+    for format in (NF4(), NF4(double_quant=False), Int4(64), Int4(8)):
+        for shape in ((1, 64), (7, 192), (40, 256)):
+            check_decode(torch.device("cpu"), shape, format, (torch.float32,))
 
 
 @pytest.mark.gpu

@@ -1,13 +1,8 @@
 """Rotary embedding and append to the cache: the reference against float64, the kernels against the reference."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from golden.kernel_checks import interpreted
 from torch import Tensor
 
 from minibble.runtime.kernels import rope_cache
@@ -112,11 +107,4 @@ def check_interpreted() -> None:
 
 
 def test_kernels_interpreted() -> None:
-    """Through Triton's interpreter, which must be chosen before triton is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    program = "import test_rope_cache\ntest_rope_cache.check_interpreted()\n"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    interpreted("test_rope_cache", "check_interpreted")

@@ -131,8 +131,8 @@ def test_every_chunk_is_taken_once(tmp_path: Path, warps: int) -> None:
 @pytest.fixture(params=[H100, SMALL], ids=["h100", "small"])
 def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     found: dict[str, int] = request.param
-    monkeypatch.setattr(skinny, "_processors", lambda device: found["processors"])
-    monkeypatch.setattr(skinny, "_shared_limit", lambda device: found["shared"])
+    monkeypatch.setattr(skinny, "multiprocessors", lambda device: found["processors"])
+    monkeypatch.setattr(skinny, "shared_limit", lambda device: found["shared"])
     for kept in (skinny.splits_for, skinny.most_tokens):
         kept.cache_clear()
     return found

@@ -58,8 +58,8 @@ def counters(
         return Emulated((*flags, f"-D__CUDA_ARCH__={request.param}"), tmp_path_factory.mktemp("kernel"))
 
     monkeypatch.setattr(skinny, "_kernel", kernel)
-    monkeypatch.setattr(skinny, "_processors", lambda index: BLOCKS)
-    monkeypatch.setattr(skinny, "_shared_limit", lambda index: SHARED_NBYTES)
+    monkeypatch.setattr(skinny, "multiprocessors", lambda device: BLOCKS)
+    monkeypatch.setattr(skinny, "shared_limit", lambda device: SHARED_NBYTES)
     monkeypatch.setattr(skinny, "counters", lambda device: held)
     for kept in (skinny.splits_for, skinny.most_tokens):
         kept.cache_clear()
@@ -134,7 +134,7 @@ def test_experts(counters: Tensor, format: Format, M: int, experts: int, active:
 
 def test_tokens_in_turns(counters: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card of 99 KB of shared memory: four warps, and few tokens at a time."""
-    monkeypatch.setattr(skinny, "_shared_limit", lambda index: 101376)
+    monkeypatch.setattr(skinny, "shared_limit", lambda device: 101376)
     D, F, M = 1536, 256, 7
     gate_up, down = TileLayout.make((F, F), D, "nf4", 64, True, True), TileLayout.make((D,), F, "nf4", 64, True)
     assert gate_up is not None and down is not None

@@ -61,7 +61,7 @@ def flags(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     monkeypatch.setattr(tile, "_kernel", tile._kernel.__wrapped__)
     monkeypatch.setattr(tile, "_compiled", compiled_for_cpu)
     monkeypatch.setattr(tile, "_tensor_map", tensor_map)
-    monkeypatch.setattr(tile, "_multiprocessors", lambda index: BLOCKS)
+    monkeypatch.setattr(tile, "multiprocessors", lambda device: BLOCKS)
     monkeypatch.setattr(tile, "_workspace", lambda device: (partials, flags))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     yield flags

@@ -4,12 +4,12 @@ How many programs there are hangs on the batch and the GPU alone; what each read
 device. So one captured launch serves any length, and at batch 1 a long context still occupies every multiprocessor.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from minibble.runtime.kernels.device import multiprocessors
 
 BLOCK_L = 64  # places of the cache a program reads at a time
 PROGRAMS_PER_SM = 2  # with three stages of keys and values in flight, two of them fit on a multiprocessor
@@ -89,14 +89,9 @@ def _merge_kernel(
 
 def splits(batch: int, groups: int, capacity: int, device: torch.device) -> int:
     """Among how many programs the cache of a key-value head is split."""
-    wanted = -(-PROGRAMS_PER_SM * _multiprocessors(device) // (batch * groups))
+    processors = multiprocessors(device) if device.type == "cuda" else 4  # Triton's interpreter runs on CPU tensors
+    wanted = -(-PROGRAMS_PER_SM * processors // (batch * groups))
     return max(1, min(wanted, -(-capacity // BLOCK_L)))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    # Triton's interpreter runs on CPU tensors.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def decode(q_BHK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, past: Tensor, valid_BL: Tensor | None) -> Tensor:

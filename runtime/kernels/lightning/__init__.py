@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.compiled import available
+from minibble.runtime.kernels.device import multiprocessors
 from minibble.runtime.kernels.lightning import blocked, reference
 from minibble.runtime.kernels.norm import rms_norm
 
@@ -81,5 +82,5 @@ def _gated_on_cuda(
         return decode(projected_BTP.view(B, P), slope_H, state_BHKK, norm_HK, eps).unsqueeze(1)
     from minibble.runtime.kernels.lightning.prefill import prefill
 
-    processors = torch.cuda.get_device_properties(projected_BTP.device).multi_processor_count
+    processors = multiprocessors(projected_BTP.device)
     return prefill(projected_BTP, slope_H, state_BHKK, norm_HK, eps, valid_BT, processors)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minibble.runtime.kernels.device import shared_limit
 from minibble.runtime.kernels.lightning import by_hand
 from minibble.runtime.kernels.lightning.activations import scaled_silu, sigmoid
 from minibble.runtime.kernels.lightning.cuts import BLOCK, cut
@@ -237,5 +238,4 @@ def attention(
 
 
 def _stages(device: torch.device) -> int:
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return STAGES if room >= STAGES_NBYTES else 1
+    return STAGES if shared_limit(device) >= STAGES_NBYTES else 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from minibble.quantize.nf4_math import dynamic_map
 from minibble.quantize.tensors import Levels
 from minibble.runtime.kernels.counters import COUNT, counters
+from minibble.runtime.kernels.device import multiprocessors, shared_limit
 from minibble.runtime.kernels.nvrtc import Kernel
 from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, level_scale
 
@@ -101,7 +102,7 @@ def launch(
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
     device = x.device
     lists = _lists_nbytes(M, active, experts)
-    shape = _shape(layout, min(TOKENS, M), splits, lists, _shared_limit(device.index))
+    shape = _shape(layout, min(TOKENS, M), splits, lists, shared_limit(device))
     assert shape.stages >= 1, f"{layout.K} columns of {M} tokens do not fit into shared memory"
     parts = arrived = None
     if epilogue == BFLOAT16 and splits > 1:
@@ -119,7 +120,7 @@ def launch(
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
     kernel = _kernel(shape.warps, kind, layout.scale_columns)
     with torch.cuda.device_of(x):
-        kernel.launch(_processors(device.index), 32 * shape.warps, [args], shape.nbytes, overlap=True)
+        kernel.launch(multiprocessors(device), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
 
 @cache
@@ -128,7 +129,7 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
 
     `active` of `experts` are chosen for each token; 0 for a matrix that takes all. 0 if so many tokens do not fit.
     """
-    processors, limit, rows = _processors(device.index), _shared_limit(device.index), min(TOKENS, M)
+    processors, limit, rows = multiprocessors(device), shared_limit(device), min(TOKENS, M)
     units = layout.tiles * (active if experts else -(-M // TOKENS))
     found: list[tuple[bool, float, int]] = []
     most = MAX_SPLITS if layout.tiles * -(-M // TOKENS) <= COUNT else 1
@@ -143,7 +144,7 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
 @cache
 def most_tokens(layout: TileLayout, device: torch.device, whole: bool, active: int = 1, experts: int = 0) -> int:
     """How many tokens may be multiplied at once, by a matrix that is not cut if `whole`; 64 where there is room."""
-    limit = _shared_limit(device.index)
+    limit = shared_limit(device)
     for M in (MAX_TOKENS, 32, 16, 8, 4, 2, 1):
         splits = 1 if whole else splits_for(layout, M, device, active, experts)
         lists = _lists_nbytes(M, active, experts)
@@ -214,13 +215,3 @@ def _tables(levels: Levels) -> tuple[Any, ...]:
     unscale = 1 / level_scale(levels)
     scaled = (dynamic_map() * unscale).tolist()
     return (ctypes.c_uint16 * 16)(*(b & 0xFFFF for b in bits)), (ctypes.c_float * 256)(*scaled), unscale
-
-
-@cache
-def _shared_limit(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

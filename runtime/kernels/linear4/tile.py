@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minibble.quantize.nf4_math import dynamic_map
 from minibble.runtime.kernels import nvrtc
+from minibble.runtime.kernels.device import multiprocessors
 from minibble.runtime.kernels.tiles import ROWS, TileLayout, byte_levels, level_scale
 
 _HERE = Path(__file__).parent
@@ -183,7 +184,7 @@ def _launch(
     """Launch on the device of x, at `most` so many clusters. The last axis of `out` is what the kernel calls N."""
     device = x.device
     cluster = 2 if tokens == _WIDE else 1
-    clusters = _multiprocessors(device.index) // cluster
+    clusters = multiprocessors(device) // cluster
     partials, flags = _workspace(device)
     problem = _Problem(
         out=out.data_ptr(),
@@ -269,11 +270,6 @@ def _threads(tokens: int) -> int:
 
 
 @cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@cache
 def _table(levels: Any, device: torch.device) -> Tensor:
     return byte_levels(levels, device).contiguous()
 
@@ -289,7 +285,7 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key in _WORKSPACES:
         return _WORKSPACES[key]
-    blocks = _multiprocessors(device.index)
+    blocks = multiprocessors(device)
     partials = torch.empty(blocks * _BLOCK_ROWS * 128, dtype=torch.float32, device=device)
     made = partials, torch.zeros(4 * blocks, dtype=torch.int32, device=device)
     if not torch.cuda.is_current_stream_capturing():

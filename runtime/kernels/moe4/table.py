@@ -4,6 +4,7 @@ Axes: M tokens, A experts chosen for each, D hidden, F expert hidden, E experts.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -31,8 +32,7 @@ class ExpertTable:
         """Room for experts in `format`; None where the fused kernels cannot take them or activations of `dtype`."""
         if device.type != "cuda" or not usable(dtype):
             return None
-        kind = format.levels, format.block_size, bool(getattr(format, "double_quant", False))
-        gate_up, down = TileLayout.make((F, F), D, *kind, True), TileLayout.make((D,), F, *kind)
+        gate_up, down = TileLayout.of_format((F, F), D, format, True), TileLayout.of_format((D,), F, format)
         return None if gate_up is None or down is None else cls(experts, gate_up, down, device)
 
     def __init__(self, experts: int, gate_up: TileLayout, down: TileLayout, device: torch.device):
@@ -91,7 +91,7 @@ class ExpertTable:
         """Many tokens before Hopper: the experts one after the other, decoded and multiplied by cuBLAS."""
         out = torch.zeros(x_MD.shape, device=x_MD.device)
         pairs, offsets = tile.sort_pairs(ids_MA, len(self.records))
-        for expert, (first, last) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
+        for expert, (first, last) in enumerate(pairwise(offsets.tolist())):
             if first == last:
                 continue
             chosen = pairs[first:last]
