@@ -6,7 +6,7 @@ R rotated features. Both project through one matrix whose rows are their inputs'
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from minibble.runtime.kernels.lightning import gated
 from minibble.runtime.kernels.rope_cache import angles, rope_cache
 from minibble.runtime.layers import Linear, RMSNorm
 from minibble.runtime.masks import causal
+from minibble.runtime.pipeline import hop
 from minibble.runtime.state import HybridState, empty_lightning_state
 
 LIGHTNING_NORM_EPS = 1e-6  # fixed in the original code, whatever the config says of the other norms
@@ -36,6 +37,13 @@ class Context:
     mask: Tensor | None  # bool [B, 1, T, L], what each token may see; None where causality says it all
     state: HybridState | None
     starts: tuple[int, ...] | None = None  # instead of the mask: where each sequence begins after padding on the left
+
+    def on(self, device: torch.device) -> "Context":
+        """The same on `device`."""
+        if self.cos.device == device:
+            return self
+        valid, mask = (None if x is None else hop(x, device) for x in (self.valid_BT, self.mask))
+        return replace(self, cos=hop(self.cos, device), sin=hop(self.sin, device), valid_BT=valid, mask=mask)
 
 
 @dataclass(frozen=True)

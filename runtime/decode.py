@@ -1,10 +1,12 @@
 """One token of every sequence through the whole model, in the fewest launches and without asking the device anything.
 
 Between the sublayers travel the normed activations x [B, D] and what is to be added to them in float32, in S parts
-[S, B, D] that the next norm sums: no sublayer writes a residual. Array axes: B batch, D hidden, L places of the cache,
-R rotated pairs, V vocabulary.
+[S, B, D] that the next norm sums: no sublayer writes a residual. Where layers are on several devices the step is made
+of stretches, each on one device, with a pause after it in which activations go to the next. Array axes: B batch,
+D hidden, L places of the cache, R rotated pairs, V vocabulary.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,33 +17,45 @@ from minibble.runtime.attention import Step, frequencies
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
 from minibble.runtime.kernels.rope_cache import angles
 from minibble.runtime.layers import Linear
+from minibble.runtime.pipeline import Hop
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
     from minibble.runtime.model import MiniMaxForCausalLM
 
+Stretches = Generator[Hop, None, Tensor]
+
 
 @dataclass(frozen=True)
-class Inputs:
-    """What changes from token to token, in places of its own on the device."""
+class Places:
+    """What all layers of a device read of the tokens."""
 
-    ids: Tensor  # int64 [B]
     positions: Tensor  # int64 [B], real tokens before this one
     past: Tensor  # int32 [1], places of the cache before this one's
     valid: Tensor  # bool [B, L], False at padding
     frequencies: Tensor  # float64 [R]
 
+
+@dataclass(frozen=True)
+class Inputs:
+    """What changes from token to token, in places of its own on each device; ids, int64 [B], on the first."""
+
+    ids: Tensor
+    on: dict[torch.device, Places]
+
     @classmethod
     def empty(cls, model: "MiniMaxForCausalLM", batch: int, capacity: int) -> "Inputs":
         """Room for `batch` sequences over caches of `capacity` places."""
-        device = model.device
-        return cls(
-            ids=torch.zeros(batch, dtype=torch.int64, device=device),
-            positions=torch.zeros(batch, dtype=torch.int64, device=device),
-            past=torch.zeros(1, dtype=torch.int32, device=device),
-            valid=torch.ones(batch, capacity, dtype=torch.bool, device=device),
-            frequencies=frequencies(model.minibble, device),
-        )
+        places = {
+            device: Places(
+                positions=torch.zeros(batch, dtype=torch.int64, device=device),
+                past=torch.zeros(1, dtype=torch.int32, device=device),
+                valid=torch.ones(batch, capacity, dtype=torch.bool, device=device),
+                frequencies=frequencies(model.minibble, device),
+            )
+            for device in model.devices
+        }
+        return cls(torch.zeros(batch, dtype=torch.int64, device=model.device), places)
 
 
 def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -> Tensor:
@@ -49,27 +63,47 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
 
     The state must have started and have room; the caller counts the tokens (`state.advance`).
     """
-    cos, sin = angles(inputs.positions[:, None], inputs.frequencies)
-    step = Step(cos, sin, inputs.past, inputs.valid, state)
+    steps = stretches(model, inputs, state)
+    while True:
+        try:
+            next(steps).run()
+        except StopIteration as end:
+            logits: Tensor = end.value
+            return logits
+
+
+def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -> Stretches:
+    """`decode_step`, but whoever goes through it runs the pauses."""
     h = model.embedding(inputs.ids)
     first, *norms = model.norms()
-    x = rms_norm(h, first.weight, first.eps, h.dtype)
+    x = rms_norm(h, first.weight_on(h.device), first.eps, h.dtype)
+    step = _step(inputs.on[x.device], state)
     for layer, following in zip(model.layers, norms, strict=True):
+        if layer.device != x.device:
+            pause = Hop(x, layer.device)
+            yield pause
+            x, step = pause.arrived, _step(inputs.on[layer.device], state)
         parts = partial(layer.attention.out_proj, layer.attention.step(layer.attention.in_proj(x), step))
         y = norm_residual(x, parts, layer.alpha, layer.beta, layer.post_norm.weight, layer.post_norm.eps)
-        parts = layer.moe.parts(y)
-        x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, following.weight, following.eps)
+        parts, weight = layer.moe.parts(y), following.weight_on(x.device)
+        x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
     return model.head(x, out_dtype=torch.float32)
+
+
+def _step(places: Places, state: HybridState) -> Step:
+    cos, sin = angles(places.positions[:, None], places.frequencies)
+    return Step(cos, sin, places.past, places.valid, state)
 
 
 def unfused(model: "MiniMaxForCausalLM") -> str | None:
     """Why the model cannot take `decode_step`; None if it can."""
-    if model.device.type != "cuda":
-        return f"no GPU: the model is on {model.device}"
+    elsewhere = [device for device in model.devices if device.type != "cuda"]
+    if elsewhere:
+        return f"no GPU: the model is on {elsewhere[0]}"
     if model.dtype != torch.bfloat16:
         return f"activations are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
-    if any(weight.device != model.device for weight in model.parameters()):
-        return "weights are on several devices"
+    if any(weight.device != layer.device for layer in model.layers for weight in layer.parameters()):
+        return "the weights of a layer are on several devices"
     if any(layer.moe.packed is None for layer in model.layers):
         return "experts are not held in the kernels' records"
     return None

@@ -10,16 +10,17 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minibble.runtime.decode import Inputs, decode_step, unfused
+from minibble.runtime.decode import Inputs, decode_step, stretches, unfused
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.masks import attention_mask_2d
+from minibble.runtime.pipeline import Hop
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Decoder:
         self.max_batch = max_batch
         self.taken: Counter[str] = Counter()
         self._steps = 0
-        self._pool: Any = None
+        self._pools: dict[torch.device, Any] = {}
         self._failed = False
         self._unfused: str | None = ""  # "" where nobody has looked yet
         self._bound: weakref.WeakSet[Bound] = weakref.WeakSet()
@@ -98,7 +99,7 @@ class Decoder:
             return "gradients are enabled"
         if ids_B1.shape[0] > self.max_batch:
             return f"more than {self.max_batch} sequences"
-        if not self._knows(state, ids_B1) and not state.suits(ids_B1.shape[0], model.device, model.dtype):
+        if not self._knows(state, ids_B1) and not state.suits(ids_B1.shape[0], model.dtype, _layer_devices(model)):
             return "a state of another batch, device or dtype"
         return None
 
@@ -118,14 +119,15 @@ class Decoder:
         bound = state.bound
         self._steps += 1
         bound.used = self._steps
-        with _beside(model.device):
+        with _beside(model.devices):
             bound.fill(ids_B1, position_ids, past, valid)
-            if bound.graph is None and bound.warm and self._may_capture(model):
+            if not bound.graphs and bound.warm and self._may_capture(model):
                 self._capture(bound, model, state)
-            self.taken["eager" if bound.graph is None else "graph"] += 1
+            self.taken["graph" if bound.graphs else "eager"] += 1
             logits = bound.run(model, state)
+            logits = logits.to(ids_B1.device, copy=True)  # the next replay writes to the same place
         state.advance(1, bound.valid)
-        return logits.clone()[:, None]  # the next replay writes to the same place
+        return logits[:, None]
 
     def _knows(self, state: HybridState, ids_B1: Tensor) -> bool:
         """True if the state's tensors are those of an earlier step."""
@@ -147,46 +149,49 @@ class Decoder:
 
     def _captured(self) -> "list[Bound]":
         """Those with a graph; all work in one pool of memory, since they never run at the same time."""
-        return [bound for bound in self._bound if bound.graph is not None]
+        return [bound for bound in self._bound if bound.graphs]
 
     def _capture(self, bound: "Bound", model: "MiniMaxForCausalLM", state: HybridState) -> None:
         if not self._captured():  # a pool goes with its last graph
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pools = {device: torch.cuda.graph_pool_handle() for device in model.devices}
         try:
-            bound.capture(model, state, self._pool)
+            bound.capture(model, state, self._pools)
         except RuntimeError as error:
             self._failed = True
             warnings.warn(f"decode steps could not be captured and go launch by launch: {error}", stacklevel=2)
 
 
 class Bound:
-    """What a decode step over one state's tensors reads and writes, and its graph once captured."""
+    """What a decode step over one state's tensors reads and writes, and its graphs once captured, one a stretch."""
 
     def __init__(self, decoder: Decoder, model: "MiniMaxForCausalLM", state: HybridState, batch: int):
         self.decoder = weakref.ref(decoder)
         self.inputs = Inputs.empty(model, batch, state.capacity)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Hop | None]] = []
         self.logits: Tensor | None = None
         self.warm = False
         self.used = 0
-        self._valid: Tensor | None = None  # the view of `inputs.valid` that the state holds, if there is padding
+        self._valid: Tensor | None = None  # the view of the mask that the state holds, if there is padding
 
     def fill(self, ids_B1: Tensor, position_ids: Tensor | None, past: int, valid: Tensor | None) -> None:
         """Put in the new tokens; `valid` [B, past] is False at padding before them."""
-        inputs = self.inputs
-        inputs.ids.copy_(ids_B1[:, 0])
-        inputs.past.fill_(past)
+        self.inputs.ids.copy_(ids_B1[:, 0])
+        positions: Tensor | None = None
         if position_ids is not None:
-            inputs.positions.copy_(position_ids.reshape(-1, position_ids.shape[-1])[:, -1])
-        elif valid is None:
-            inputs.positions.fill_(past)
-        else:
-            inputs.positions.copy_(valid.sum(1))
-        if valid is not self._valid:
-            inputs.valid.fill_(True)
-            if valid is not None:
-                inputs.valid[:, :past] = valid
-        self._valid = None if valid is None else inputs.valid[:, : past + 1]
+            positions = position_ids.reshape(-1, position_ids.shape[-1])[:, -1]
+        elif valid is not None:
+            positions = valid.sum(1)
+        for places in self.inputs.on.values():
+            places.past.fill_(past)
+            if positions is None:
+                places.positions.fill_(past)
+            else:
+                places.positions.copy_(positions)
+            if valid is not self._valid:
+                places.valid.fill_(True)
+                if valid is not None:
+                    places.valid[:, :past] = valid
+        self._valid = None if valid is None else self.inputs.on[self.inputs.ids.device].valid[:, : past + 1]
 
     @property
     def valid(self) -> Tensor | None:
@@ -195,28 +200,41 @@ class Bound:
 
     def run(self, model: "MiniMaxForCausalLM", state: HybridState) -> Tensor:
         """Logits, float32 [B, V]; they are overwritten by the next run."""
-        if self.graph is None:
+        if not self.graphs:
             logits, self.warm = decode_step(model, self.inputs, state), True
             return logits
-        self.graph.replay()
+        for device, graph, pause in self.graphs:
+            with torch.cuda.device(device):
+                graph.replay()
+            if pause is not None:
+                pause.run()
         assert self.logits is not None
         return self.logits
 
-    def capture(self, model: "MiniMaxForCausalLM", state: HybridState, pool: Any) -> None:
-        """Record the step, which has been run before, on the current stream; nothing is computed yet."""
-        graph = torch.cuda.CUDAGraph()
+    def capture(self, model: "MiniMaxForCausalLM", state: HybridState, pools: dict[torch.device, Any]) -> None:
+        """Record the step, which has been run before, on the current streams; nothing is computed yet."""
+        steps, device = stretches(model, self.inputs, state), model.device
+        graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Hop | None]] = []
         with _no_collection():
-            # Other threads may go on using the device, as a streamer's does.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                logits = decode_step(model, self.inputs, state)
-            finally:
-                graph.capture_end()
-        self.graph, self.logits = graph, logits
+            while self.logits is None:
+                graph, pause = torch.cuda.CUDAGraph(), None
+                # Other threads may go on using the device, as a streamer's does.
+                with torch.cuda.device(device):
+                    graph.capture_begin(pool=pools[device], capture_error_mode="thread_local")
+                    try:
+                        pause = next(steps)
+                    except StopIteration as end:
+                        self.logits = end.value
+                    finally:
+                        graph.capture_end()
+                graphs.append((device, graph, pause))
+                if pause is not None:
+                    device = pause.arrived.device
+        self.graphs = graphs
 
     def release(self) -> None:
-        """Give back the graph's memory; the next steps capture it again."""
-        self.graph = self.logits = None
+        """Give back the graphs' memory; the next steps capture them again."""
+        self.graphs, self.logits = [], None
 
 
 def _release(bound: "weakref.WeakSet[Bound]") -> None:
@@ -237,21 +255,26 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """On the device's stream for decode steps, after what was issued before and before what comes after.
+def _beside(devices: list[torch.device]) -> Iterator[None]:
+    """On the devices' streams for decode steps, after what was issued before and before what comes after.
 
     The default stream cannot be captured, and steps of several threads must not run at once in one pool of memory.
     """
-    if device.type != "cuda":
+    gpus = [device for device in devices if device.type == "cuda"]
+    callers = [torch.cuda.current_stream(device) for device in gpus]
+    with ExitStack() as stack:
+        for device, caller in reversed(list(zip(gpus, callers, strict=True))):  # the first is then the current device
+            _stream(device).wait_stream(caller)
+            stack.enter_context(torch.cuda.stream(_stream(device)))
         yield
-        return
-    caller, stream = torch.cuda.current_stream(device), _stream(device)
-    stream.wait_stream(caller)
-    with torch.cuda.stream(stream):
-        yield
-    caller.wait_stream(stream)
+    for device, caller in zip(gpus, callers, strict=True):
+        caller.wait_stream(_stream(device))
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def _layer_devices(model: "MiniMaxForCausalLM") -> list[torch.device]:
+    return [layer.device for layer in model.layers]

@@ -1,5 +1,7 @@
 """The small modules that everything else is made of."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +44,19 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device="meta"))
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def weight_on(self, device: torch.device) -> Tensor:
+        """The weight where x is: the norm after a device's last layer belongs to the first layer of the next one."""
+        if self.weight.device == device:
+            return self.weight
+        if device not in self._copies:
+            self._copies[device] = self.weight.detach().to(device)
+        return self._copies[device]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._copies.clear()
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -64,6 +79,14 @@ class Embedding(nn.Module):
     def set_packed(self, packed: QuantizedTensor) -> None:
         """Hold the table in 4 bits."""
         self.weight, self.packed = None, packed
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        if self.packed is not None:
+            return self.packed.codes.device
+        assert self.weight is not None
+        return self.weight.device
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.packed is not None:

@@ -1,5 +1,6 @@
 """From a checkpoint to a model that runs: every tensor of the inventory, each exactly once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,11 @@ def load(
     plan_memory(checkpoint, device, dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
     model = MiniMaxForCausalLM(checkpoint.config, dtype)
     model.prefill_chunk = default_prefill_chunk(device)
-    tables = expert_tables(model, checkpoint, device)
+    devices = [device] * checkpoint.config.num_hidden_layers
+    tables = expert_tables(model, checkpoint, devices)
     for module, names in by_module(checkpoint.config):
         specs = [checkpoint.specs[name] for name in names]
-        fill(model, module, specs, [checkpoint.read(spec) for spec in specs], device, tables)
-    for moe, table in tables.items():
-        moe.set_packed(table)
+        fill(model, module, specs, [checkpoint.read(spec) for spec in specs], device_of(specs[0], devices), tables)
     _check_complete(model)
     model.eval().requires_grad_(False)
     model.checkpoint = checkpoint
@@ -83,21 +83,32 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
 
 
-def expert_tables(model: MiniMaxForCausalLM, source: Source, device: torch.device) -> "dict[MoE, ExpertTable]":
-    """Room for the experts of the layers whose experts are all 4-bit, where kernels for their records run."""
+def device_of(spec: TensorSpec, devices: Sequence[torch.device]) -> torch.device:
+    """Where a tensor goes if the layers go to `devices`: what comes before and after them beside its neighbour."""
+    if spec.layer is not None:
+        return devices[spec.layer]
+    return devices[0] if spec.role == "embedding" else devices[-1]
+
+
+def expert_tables(
+    model: MiniMaxForCausalLM, source: Source, devices: Sequence[torch.device]
+) -> "dict[MoE, ExpertTable]":
+    """Room for the experts of the layers whose experts are all 4-bit, where kernels for their records run; the layers
+    hold them from now on. `devices` are the layers'."""
     config, format = source.config, source.format
-    if device.type != "cuda" or format is None:
+    if format is None or all(device.type != "cuda" for device in devices):
         return {}
     from minibble.runtime.kernels.moe4.table import ExpertTable
 
     wide = {s.layer for s in source.inventory if s.role == "expert" and s.name not in source.quantized}
     shape = (config.num_experts, config.hidden_size, config.intermediate_size)
-    tables = {
-        layer.moe: ExpertTable.empty(*shape, format, model.dtype, device)
-        for index, layer in enumerate(model.layers)
-        if index not in wide
-    }
-    return {moe: table for moe, table in tables.items() if table is not None}
+    tables = {}
+    for index, (layer, device) in enumerate(zip(model.layers, devices, strict=True)):
+        table = None if index in wide else ExpertTable.empty(*shape, format, model.dtype, device)
+        if table is not None:
+            layer.moe.set_packed(table)
+            tables[layer.moe] = table
+    return tables
 
 
 def fill(
@@ -110,10 +121,13 @@ def fill(
 ) -> None:
     """Give the module `name` its weight: the rows of `parts`, in 4 bits or as a tensor; or its record, if it is an
     expert's of a layer in `tables`."""
+    packed = [part for part in parts if isinstance(part, QuantizedTensor)]
+    if specs[0].expert is not None and (table := tables.get(_moe_of(model, specs[0]))) is not None:
+        table.put(specs[0].expert, "down" if len(parts) == 1 else "gate_up", packed)
+        return
     module = model.get_submodule(name)
     if module is model.head:
         model.unused_ids = _zero_rows(parts[0])
-    packed = [part for part in parts if isinstance(part, QuantizedTensor)]
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if packed and tensors:
         kinds = ", ".join(f"{s.name} {'4-bit' if isinstance(p, QuantizedTensor) else '16-bit'}"
@@ -125,8 +139,6 @@ def fill(
         module.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
     elif isinstance(module, Embedding):
         module.set_packed(packed[0].to(device))
-    elif specs[0].expert is not None and (table := tables.get(_moe_of(model, specs[0]))) is not None:
-        table.put(specs[0].expert, "down" if len(packed) == 1 else "gate_up", packed)
     else:
         assert isinstance(module, Linear), f"{name} cannot hold a 4-bit matrix"
         module.set_packed(prepare(packed, device, model.dtype))

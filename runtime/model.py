@@ -21,6 +21,7 @@ from minibble.runtime.layers import Embedding, Linear, RMSNorm, residual
 from minibble.runtime.layout import layout
 from minibble.runtime.masks import attention_mask_2d, left_padding, visible
 from minibble.runtime.moe import MoE
+from minibble.runtime.pipeline import hop
 from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan, plan_memory
 from minibble.runtime.state import HybridState
 
@@ -44,6 +45,11 @@ class Layer(nn.Module):
         self.alpha = config.lightning_alpha if lightning else config.softmax_alpha
         self.beta = config.lightning_beta if lightning else config.softmax_beta
         self.mlp_alpha, self.mlp_beta = config.mlp_alpha, config.mlp_beta
+
+    @property
+    def device(self) -> torch.device:
+        """Where all its weights are."""
+        return self.post_norm.weight.device
 
     def forward(self, h_BTD: Tensor, context: Context) -> Tensor:
         x = self.input_norm(h_BTD).to(h_BTD.dtype)
@@ -99,8 +105,13 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first layer, where token ids go."""
-        return self.norm.weight.device
+        """Device of the embedding, where token ids go; layers may be on others (runtime/pipeline.py)."""
+        return self.embedding.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of its layers, in their order, each once."""
+        return list(dict.fromkeys([self.device, *(layer.device for layer in self.layers)]))
 
     def memory_plan(self, context: int, batch: int = 1) -> MemoryPlan:
         """What `batch` sequences of `context` tokens take, predicted; only for a model loaded from a checkpoint."""
@@ -162,11 +173,11 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
                 h = self._layers(ids, positions[:, part], seen, state)
             hidden.append(h[:, -logits_to_keep:] if logits_to_keep else h)
         h = (torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0])[:, -logits_to_keep:]
-        logits = self.head(h, out_dtype=torch.float32)
+        logits = self.head(h, out_dtype=torch.float32).to(input_ids.device)
         return CausalLMOutputWithPast(logits=logits, past_key_values=state if use_cache is not False else None)
 
     def _layers(self, ids: Tensor, positions: Tensor, mask: Tensor | None, state: HybridState | None) -> Tensor:
-        """The normed hidden states [B, T, D] of one piece of the input."""
+        """The normed hidden states [B, T, D] of one piece of the input, on the device of the last layer."""
         past, T = (0 if state is None else state.length), ids.shape[1]
         cos, sin = rotations(self.minibble, positions)
         valid = None if mask is None else mask[:, past:]
@@ -177,8 +188,8 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
             h = self._layers_at_once(h, Context(cos, sin, valid, seen, state, starts))
         else:
             context = Context(cos, sin, valid, visible(mask, past, T, ids.device), state)
-            for layer in self.layers:
-                h = layer(h, context)
+            for layer, there in self._on_devices(context):
+                h = layer(hop(h, layer.device), there)
             h = self.norm(h).to(h.dtype)
         if state is not None:
             state.advance(T, mask)
@@ -187,13 +198,20 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
     def _layers_at_once(self, h_BTD: Tensor, context: Context) -> Tensor:
         """The same with one launch for each residual and the norm after it."""
         first, *norms = self.norms()
-        x = rms_norm(h_BTD, first.weight, first.eps, h_BTD.dtype)
-        for layer, following in zip(self.layers, norms, strict=True):
+        x = rms_norm(h_BTD, first.weight_on(h_BTD.device), first.eps, h_BTD.dtype)
+        for (layer, there), following in zip(self._on_devices(context), norms, strict=True):
+            x = hop(x, layer.device)
             a, b = layer.attention, layer.post_norm
-            y = norm_residual(x, a(x, context)[None], layer.alpha, layer.beta, b.weight, b.eps)
-            z = layer.moe(y)
-            x = norm_residual(y, z[None], layer.mlp_alpha, layer.mlp_beta, following.weight, following.eps)
+            y = norm_residual(x, a(x, there)[None], layer.alpha, layer.beta, b.weight, b.eps)
+            z, weight = layer.moe(y), following.weight_on(x.device)
+            x = norm_residual(y, z[None], layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
         return x
+
+    def _on_devices(self, context: Context) -> Iterator[tuple[Any, Context]]:
+        """Each layer with the context on its device."""
+        for layer in self.layers:
+            context = context.on(layer.device)
+            yield layer, context
 
     def norms(self) -> list[RMSNorm]:
         """The norm before each layer, and the last one."""

@@ -80,11 +80,12 @@ class HybridState(Cache):
                 if held.shape[2] < self.length + tokens:
                     self._grow(store, layer, held, self.length + tokens)
 
-    def suits(self, batch: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """True if it has started with `batch` sequences on `device`, keys and values in `dtype`."""
-        held = [*self.lightning.values(), *self.keys.values(), *self.values.values()]
-        fits = all(x.shape[0] == batch and x.device == device and x.dtype in (dtype, torch.float32) for x in held)
-        return self.length > 0 and fits and all(x.dtype == dtype for x in self.keys.values())
+    def suits(self, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> bool:
+        """True if it has started with `batch` sequences, each layer on its device, keys and values in `dtype`."""
+        held = [(layer, x) for store in self._tensors() for layer, x in store.items()]
+        fits = all(x.shape[0] == batch and x.device == devices[layer] for layer, x in held)
+        right = all(x.dtype == dtype for store in (self.keys, self.values) for x in store.values())
+        return self.length > 0 and fits and right and all(x.dtype == torch.float32 for x in self.lightning.values())
 
     @property
     def capacity(self) -> int:

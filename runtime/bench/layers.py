@@ -1,5 +1,6 @@
 """Layers of the released size with random 4-bit weights, made on the GPU: no file of this size is needed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
 from minibble.runtime.layout import by_module
-from minibble.runtime.loading import expert_tables, fill
+from minibble.runtime.loading import device_of, expert_tables, fill
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.state import HybridState
 
@@ -46,18 +47,24 @@ class _Source:
         return frozenset(spec.name for spec in self.inventory if spec.role in quantized_roles())
 
 
-def random_model(config: ModelConfig, format: Format, device: torch.device, seed: int = 0) -> MiniMaxForCausalLM:
-    """A model with random weights in `format`, the same for the same `seed`, with activations in bfloat16."""
+def random_model(
+    config: ModelConfig, format: Format, devices: torch.device | Sequence[torch.device], seed: int = 0
+) -> MiniMaxForCausalLM:
+    """A model with random weights in `format`, the same for the same `seed`, with activations in bfloat16.
+
+    `devices` are those of the layers, or the one of all.
+    """
+    if isinstance(devices, torch.device):
+        devices = [devices] * config.num_hidden_layers
     model = MiniMaxForCausalLM(config, torch.bfloat16)
-    generator = generator_on(device, seed)
+    generators = {device: generator_on(device, seed) for device in devices}
     source = _Source(config, inventory(config), format)
     specs = {spec.name: spec for spec in source.inventory}
-    tables = expert_tables(model, source, device)
+    tables = expert_tables(model, source, devices)
     for module, names in by_module(config):
         chosen = [specs[name] for name in names]
-        fill(model, module, chosen, [_part(spec, format, device, generator) for spec in chosen], device, tables)
-    for moe, table in tables.items():
-        moe.set_packed(table)
+        device = device_of(chosen[0], devices)
+        fill(model, module, chosen, [_part(s, format, device, generators[device]) for s in chosen], device, tables)
     return model.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
@@ -73,17 +80,19 @@ def _part(spec: TensorSpec, format: Format, device: torch.device, generator: tor
 
 def random_state(model: MiniMaxForCausalLM, batch: int, context: int, room: int = 64, seed: int = 0) -> HybridState:
     """What `context` random tokens of `batch` sequences could have left, with room for more."""
-    config, generator = model.minibble, generator_on(model.device, seed)
+    config = model.minibble
+    generators = {device: generator_on(device, seed) for device in model.devices}
     state = HybridState(config, reserve=context + room)
     H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    for layer, kind in enumerate(config.attention):
+    for index, (kind, layer) in enumerate(zip(config.attention, model.layers, strict=False)):
+        device = layer.device
         if kind == "lightning":
-            held = torch.randn(batch, H, K, K, device=model.device, generator=generator)
-            state.set_lightning_state(layer, held)
+            held = torch.randn(batch, H, K, K, device=device, generator=generators[device])
+            state.set_lightning_state(index, held)
         else:
             shape = (batch, G, context + room, K)
-            state.keys[layer], state.values[layer] = (
-                random_tensor(shape, 1.0, model.device, generator) for _ in range(2)
+            state.keys[index], state.values[index] = (
+                random_tensor(shape, 1.0, device, generators[device]) for _ in range(2)
             )
     state.advance(context, None)
     return state

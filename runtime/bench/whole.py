@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,18 @@ OTHER_EXPERTS = 0.1  # share of tokens that rounding may send to other experts, 
 
 
 def check_layers(
-    config: ModelConfig, format: Format, device: torch.device, prompt: tuple[int, int] = (16, 40)
+    config: ModelConfig,
+    format: Format,
+    device: torch.device | Sequence[torch.device],
+    prompt: tuple[int, int] = (16, 40),
 ) -> dict[str, float]:
     """Errors of the logits of a prompt [B, T] and of a decoded token after it, against the reference kernels.
 
-    Both models have the same weights. WrongResult if more tokens than OTHER_EXPERTS are off by more than BOUND.
+    `device` is that of all layers, or one for each. Both models have the same weights. WrongResult if more tokens than
+    OTHER_EXPERTS are off by more than BOUND.
     """
     B, T = prompt
-    ids = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
     with kernels("reference"):
         expected = _logits(random_model(config, format, device), ids, fused=False)
     with kernels(""):
@@ -44,11 +48,11 @@ def check_layers(
 
 def _logits(model: MiniMaxForCausalLM, ids: Tensor, fused: bool) -> Tensor:
     """Logits [B, T + 1, V] of the prompt and of one token after it, which goes through `decode_step` if `fused`."""
-    T, state = ids.shape[1] - 1, HybridState(model.minibble, reserve=ids.shape[1])
+    ids, T, state = ids.to(model.device), ids.shape[1] - 1, HybridState(model.minibble, reserve=ids.shape[1])
     first = model(ids[:, :T], past_key_values=state).logits
     if fused:
         inputs = step_inputs(model, ids[:, T], state)
-        return torch.cat([first, decode_step(model, inputs, state)[:, None]], dim=1)
+        return torch.cat([first, decode_step(model, inputs, state)[:, None].to(first.device)], dim=1)
     return torch.cat([first, model(ids[:, T:], past_key_values=state).logits], dim=1)
 
 
@@ -56,8 +60,9 @@ def step_inputs(model: MiniMaxForCausalLM, ids_B: Tensor, state: HybridState) ->
     """What `decode_step` reads for the tokens `ids_B` after all that `state` has seen."""
     inputs = Inputs.empty(model, len(ids_B), state.capacity)
     inputs.ids.copy_(ids_B)
-    inputs.positions.fill_(state.length)
-    inputs.past.fill_(state.length)
+    for places in inputs.on.values():
+        places.positions.fill_(state.length)
+        places.past.fill_(state.length)
     return inputs
 
 
