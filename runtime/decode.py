@@ -2,8 +2,8 @@
 
 Between the sublayers travel the normed activations x [B, D] and what is to be added to them in float32, in S parts
 [S, B, D] that the next norm sums: no sublayer writes a residual. Where layers are on several devices the step is made
-of stretches, each on one device, with a pause after it in which activations go to the next. Array axes: B batch,
-D hidden, L places of the cache, R rotated pairs, V vocabulary.
+of stretches, each on one device, with a pause after it in which activations go to the next; so it is where experts
+have to come from elsewhere. Array axes: B batch, D hidden, L places of the cache, R rotated pairs, V vocabulary.
 """
 
 from collections.abc import Generator
@@ -17,13 +17,13 @@ from minibble.runtime.attention import Step, frequencies
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
 from minibble.runtime.kernels.rope_cache import angles
 from minibble.runtime.layers import Linear
-from minibble.runtime.pipeline import Hop
+from minibble.runtime.pipeline import Hop, Pause
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
     from minibble.runtime.model import MiniMaxForCausalLM
 
-Stretches = Generator[Hop, None, Tensor]
+Stretches = Generator[Pause, None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
         try:
             next(steps).run()
         except StopIteration as end:
+            model.release_experts()
             logits: Tensor = end.value
             return logits
 
@@ -80,12 +81,16 @@ def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -
     step = _step(inputs.on[x.device], state)
     for layer, following in zip(model.layers, norms, strict=True):
         if layer.device != x.device:
-            pause = Hop(x, layer.device)
-            yield pause
-            x, step = pause.arrived, _step(inputs.on[layer.device], state)
+            hop = Hop(x, layer.device)
+            yield hop
+            x, step = hop.arrived, _step(inputs.on[layer.device], state)
         parts = partial(layer.attention.out_proj, layer.attention.step(layer.attention.in_proj(x), step))
         y = norm_residual(x, parts, layer.alpha, layer.beta, layer.post_norm.weight, layer.post_norm.eps)
-        parts, weight = layer.moe.parts(y), following.weight_on(x.device)
+        ids, weights = layer.moe.route(y)
+        fetch = layer.moe.fetch(ids)
+        if fetch is not None:
+            yield fetch
+        parts, weight = layer.moe.parts(y, ids, weights), following.weight_on(x.device)
         x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
     return model.head(x, out_dtype=torch.float32)
 

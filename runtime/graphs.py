@@ -20,7 +20,7 @@ from torch import Tensor
 from minibble.runtime.decode import Inputs, decode_step, stretches, unfused
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.masks import attention_mask_2d
-from minibble.runtime.pipeline import Hop
+from minibble.runtime.pipeline import Pause
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Bound:
     def __init__(self, decoder: Decoder, model: "MiniMaxForCausalLM", state: HybridState, batch: int):
         self.decoder = weakref.ref(decoder)
         self.inputs = Inputs.empty(model, batch, state.capacity)
-        self.graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Hop | None]] = []
+        self.graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Pause | None]] = []
         self.logits: Tensor | None = None
         self.warm = False
         self.used = 0
@@ -208,13 +208,14 @@ class Bound:
                 graph.replay()
             if pause is not None:
                 pause.run()
+        model.release_experts()
         assert self.logits is not None
         return self.logits
 
     def capture(self, model: "MiniMaxForCausalLM", state: HybridState, pools: dict[torch.device, Any]) -> None:
         """Record the step, which has been run before, on the current streams; nothing is computed yet."""
         steps, device = stretches(model, self.inputs, state), model.device
-        graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Hop | None]] = []
+        graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Pause | None]] = []
         with _no_collection():
             while self.logits is None:
                 graph, pause = torch.cuda.CUDAGraph(), None
@@ -229,7 +230,8 @@ class Bound:
                         graph.capture_end()
                 graphs.append((device, graph, pause))
                 if pause is not None:
-                    device = pause.arrived.device
+                    pause.prepare()
+                    device = pause.device
         self.graphs = graphs
 
     def release(self) -> None:

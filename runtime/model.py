@@ -5,7 +5,7 @@ Array axes: B batch, T new tokens, L tokens with the past, D hidden, V vocabular
 
 from collections.abc import Iterator
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from minibble.runtime.moe import MoE
 from minibble.runtime.pipeline import hop
 from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan, plan_memory
 from minibble.runtime.state import HybridState
+
+
+if TYPE_CHECKING:
+    from minibble.runtime.experts.store import ExpertStore
 
 
 class RuntimeConfig(PretrainedConfig):
@@ -74,6 +78,7 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         self.minibble = config
         self.prefill_chunk = PREFILL_CHUNK
         self.decoder = Decoder()
+        self.stores: list[ExpertStore] = []  # of experts that are not all on their device
         self.tokenizer: Any = None
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers: Any = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
@@ -216,6 +221,11 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
     def norms(self) -> list[RMSNorm]:
         """The norm before each layer, and the last one."""
         return [*(layer.input_norm for layer in self.layers), self.norm]
+
+    def release_experts(self) -> None:
+        """Give up the experts that came for work that has been issued."""
+        for store in self.stores:
+            store.used_all()
 
     def decode_path(self) -> dict[str, int]:
         """How the single tokens after a prompt went through the layers so far: how many each way, or for which reason.

@@ -10,7 +10,8 @@ from minibble.runtime.kernels.router import route
 from minibble.runtime.layers import Linear
 
 if TYPE_CHECKING:
-    from minibble.runtime.kernels.moe4.table import ExpertTable
+    from minibble.runtime.kernels.moe4.table import RecordTable
+    from minibble.runtime.pipeline import Pause
 
 
 class Expert(nn.Module):
@@ -34,9 +35,9 @@ class MoE(nn.Module):
         self.router = Linear(config.num_experts, config.hidden_size)
         self.table = tuple(Expert(config) for _ in range(config.num_experts))  # much quicker to index than its twin
         self.experts = nn.ModuleList(self.table)
-        self.packed: ExpertTable | None = None
+        self.packed: RecordTable | None = None
 
-    def set_packed(self, packed: "ExpertTable") -> None:
+    def set_packed(self, packed: "RecordTable") -> None:
         """Hold all experts as records in the kernels' layout."""
         self.packed, self.table, self.experts = packed, (), nn.ModuleList()
 
@@ -52,9 +53,12 @@ class MoE(nn.Module):
         y_ND = moe4(x_ND, ids, weights, self.table) if self.packed is None else self.packed(x_ND, ids, weights)
         return y_ND.view_as(x_BTD)
 
-    def parts(self, x_MD: Tensor) -> Tensor:
-        """What the experts add to a few tokens, float32, as parts [S, M, D] whose sum it is."""
-        ids, weights = self.route(x_MD)
+    def fetch(self, ids_MA: Tensor) -> "Pause | None":
+        """The pause in which the chosen experts come that are elsewhere; None if all are always there."""
+        return None if self.packed is None else self.packed.fetch(ids_MA)
+
+    def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+        """What the experts chosen by `route` add to a few tokens, float32, as parts [S, M, D] whose sum it is."""
         if self.packed is not None:
-            return self.packed.decode(x_MD, ids, weights)
-        return moe4(x_MD, ids, weights, self.table).float()[None]
+            return self.packed.decode(x_MD, ids_MA, weights_MA)
+        return moe4(x_MD, ids_MA, weights_MA, self.table).float()[None]

@@ -5,6 +5,7 @@ docs/adr/0011-pipeline.md says why layers are divided and not matrices or expert
 """
 
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ def hop(x: Tensor, device: torch.device) -> Tensor:
     return y
 
 
+class Pause(Protocol):
+    """What has to happen between two stretches of a decode step; the second one is on `device`."""
+
+    device: torch.device
+
+    def prepare(self) -> None:
+        """Make what the next stretch refers to, before that is captured."""
+
+    def run(self) -> None:
+        """Do it, after the first stretch has been issued and before the second is."""
+
+
 class Hop:
     """A pause of a decode step in which `x` goes to `device`, always to the same place, `arrived`.
 
@@ -43,13 +56,18 @@ class Hop:
 
     @property
     def arrived(self) -> Tensor:
-        """What the next stretch reads; made when first asked for, which no capture may be."""
+        """What the next stretch reads."""
+        assert self._place is not None, "a pause that has been neither prepared nor run"
+        return self._place
+
+    def prepare(self) -> None:
+        """Make the place that the copy goes to."""
         if self._place is None:
             self._place = torch.empty_like(self.x, device=self.device)
-        return self._place
 
     def run(self) -> None:
         """Issue the copy."""
+        self.prepare()
         self.arrived.copy_(self.x, non_blocking=True)
 
 

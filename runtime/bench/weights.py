@@ -25,7 +25,7 @@ def random_matrix(
 
 def random_tensor(shape: tuple[int, ...], std: float, device: torch.device, generator: torch.Generator) -> Tensor:
     """Normal numbers, bfloat16."""
-    return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator) * std
+    return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(std)
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

@@ -5,7 +5,7 @@ Axes: M tokens, A experts chosen for each, D hidden, F expert hidden, E experts.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,42 +16,44 @@ from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
+if TYPE_CHECKING:
+    from minibble.runtime.pipeline import Pause
+
 FEW = 64  # tokens up to which the kernel for few of them is the quicker
 
 
-class ExpertTable:
+class RecordTable:
     """Experts in the kernels' layout: in a record gate and up [2F, D], their rows alternating by 16, then down [D, F].
 
-    `records` is uint8 [E, record_nbytes]; `addresses`, int64 [E] on the same device, is all that kernels see of it.
+    `addresses`, int64 [E] on the device, is all that kernels see of them; who holds the records says `record`.
     """
 
-    @classmethod
-    def empty(
-        cls, experts: int, D: int, F: int, format: Format, dtype: torch.dtype, device: torch.device
-    ) -> "ExpertTable | None":
-        """Room for experts in `format`; None where the fused kernels cannot take them or activations of `dtype`."""
-        if device.type != "cuda" or not usable(dtype):
-            return None
-        gate_up, down = TileLayout.of_format((F, F), D, format, True), TileLayout.of_format((D,), F, format)
-        return None if gate_up is None or down is None else cls(experts, gate_up, down, device)
+    def __init__(self, gate_up: TileLayout, down: TileLayout, addresses: Tensor):
+        self.gate_up, self.down, self.addresses = gate_up, down, addresses
 
-    def __init__(self, experts: int, gate_up: TileLayout, down: TileLayout, device: torch.device):
-        self.gate_up, self.down = gate_up, down
-        self.records = torch.empty(experts, gate_up.nbytes + down.nbytes, dtype=torch.uint8, device=device)
-        first, step = self.records.data_ptr(), self.records.stride(0)
-        self.addresses = torch.arange(first, first + experts * step, step, device=device)[:experts]
+    def record(self, expert: int) -> Tensor:
+        """The record of `expert`, uint8 [record_nbytes]."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        return self.records.nbytes
+        """Bytes on the device that are this layer's own."""
+        raise NotImplementedError
+
+    def fetch(self, ids_MA: Tensor) -> "Pause | None":
+        """The pause that a decode step must make before it uses the experts `ids`, on the device; None if all are
+        there."""
+        return None
 
     def put(self, expert: int, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
         """Lay out gate and up of `expert`, [F, D] each, or its down, [D, F]; `parts` lie on any device."""
-        layout, record, start = self.down, self.records[expert], self.gate_up.nbytes
-        place = record[start:]
-        if kind == "gate_up":
-            layout, place = self.gate_up, record[:start]
-        pack([q.to(self.records.device) for q in parts], layout, place)
+        self.lay_out(self.record(expert), kind, parts)
+
+    def lay_out(self, record: Tensor, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
+        """`put` to a record that is given."""
+        start = self.gate_up.nbytes
+        layout, place = (self.gate_up, record[:start]) if kind == "gate_up" else (self.down, record[start:])
+        pack([q.to(record.device) for q in parts], layout, place)
 
     def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """The weighted sum of each token's experts, [M, D] in the dtype of x."""
@@ -90,14 +92,49 @@ class ExpertTable:
     def _one_by_one(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """Many tokens before Hopper: the experts one after the other, decoded and multiplied by cuBLAS."""
         out = torch.zeros(x_MD.shape, device=x_MD.device)
-        pairs, offsets = tile.sort_pairs(ids_MA, len(self.records))
+        pairs, offsets = tile.sort_pairs(ids_MA, len(self.addresses))
         for expert, (first, last) in enumerate(pairwise(offsets.tolist())):
             if first == last:
                 continue
             chosen = pairs[first:last]
-            tokens, record = chosen // ids_MA.shape[1], self.records[expert]
+            tokens, record = chosen // ids_MA.shape[1], self.record(expert)
             both = linear_decoded(x_MD[tokens], record, self.gate_up).view(last - first, -1, 2, 16)
             h = torch.nn.functional.silu(both[:, :, 0]) * both[:, :, 1]
             y = linear_decoded(h.flatten(1), record[self.gate_up.nbytes :], self.down, torch.float32)
             out.index_add_(0, tokens, y * weights_MA.reshape(-1)[chosen, None])
         return out
+
+
+class ExpertTable(RecordTable):
+    """All experts of a layer in `records`, uint8 [E, record_nbytes]."""
+
+    @classmethod
+    def empty(
+        cls, experts: int, D: int, F: int, format: Format, dtype: torch.dtype, device: torch.device
+    ) -> "ExpertTable | None":
+        """Room for experts in `format`; None where the fused kernels cannot take them or activations of `dtype`."""
+        layouts = record_layouts(D, F, format, dtype, device)
+        return None if layouts is None else cls(experts, *layouts, device)
+
+    def __init__(self, experts: int, gate_up: TileLayout, down: TileLayout, device: torch.device):
+        self.records = torch.empty(experts, gate_up.nbytes + down.nbytes, dtype=torch.uint8, device=device)
+        first, step = self.records.data_ptr(), self.records.stride(0)
+        addresses = torch.arange(first, first + experts * step, step, device=device)[:experts]
+        super().__init__(gate_up, down, addresses)
+
+    @property
+    def nbytes(self) -> int:
+        return self.records.nbytes
+
+    def record(self, expert: int) -> Tensor:
+        return self.records[expert]
+
+
+def record_layouts(
+    D: int, F: int, format: Format, dtype: torch.dtype, device: torch.device
+) -> tuple[TileLayout, TileLayout] | None:
+    """Of an expert's gate and up, and of its down; None where the fused kernels cannot take them or `dtype`."""
+    if device.type != "cuda" or not usable(dtype):
+        return None
+    gate_up, down = TileLayout.of_format((F, F), D, format, True), TileLayout.of_format((D,), F, format)
+    return None if gate_up is None or down is None else (gate_up, down)

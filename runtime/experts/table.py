@@ -1,0 +1,84 @@
+"""A layer's experts where some are elsewhere: brought by the store before the kernels ask for them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.experts.store import ExpertStore
+from minibble.runtime.kernels.moe4.table import RecordTable
+from minibble.runtime.kernels.tiles import TileLayout
+
+# Choices for each expert, on average, from which on all of them are brought without asking which ones: of 32 experts
+# 4 choices each leave out half of one.
+ALL_FROM = 4
+
+
+class OffloadedTable(RecordTable):
+    """The experts of `layer` in `store`, whose slots its layers share."""
+
+    def __init__(self, store: ExpertStore, layer: int, gate_up: TileLayout, down: TileLayout):
+        super().__init__(gate_up, down, store.addresses(layer))
+        self.store, self.layer = store, layer
+        self.following: OffloadedTable | None = None  # that of the next layer in the same store
+
+    @property
+    def nbytes(self) -> int:
+        return 0  # the store's are counted by themselves
+
+    def record(self, expert: int) -> Tensor:
+        return self.store.record(self.layer, expert)
+
+    def put(self, expert: int, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
+        """As of all tables; gate and up come before down, after which the record is complete."""
+        place = self.store.put(self.layer, expert)
+        self.lay_out(place, kind, parts)
+        if kind == "down":
+            self.store.done(self.layer, expert)
+
+    def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+        """As of all tables; each expert is brought once, and serves all its tokens."""
+        everything = range(len(self.addresses))
+        many = ids_MA.numel() >= ALL_FROM * len(everything)
+        self.bring(everything if many else ids_MA.unique().tolist())
+        try:
+            if many and self.following is not None:  # the next layer will want all of its experts, too
+                self.store.prefetch(self.following.layer, everything)
+            return super().__call__(x_MD, ids_MA, weights_MA)
+        finally:
+            self.store.used(self.layer)
+
+    def fetch(self, ids_MA: Tensor) -> "Fetch":
+        return Fetch(self, ids_MA)
+
+    def bring(self, ids: Iterable[int]) -> None:
+        """Have the experts `ids` there for what is issued from now on."""
+        self.store.require(self.layer, ids)
+
+
+class Fetch:
+    """A pause of a decode step in which the experts `ids`, int32 [M, A], come that are not on the device.
+
+    The host waits for the router's choice, and for nothing else.
+    """
+
+    def __init__(self, table: OffloadedTable, ids_MA: Tensor):
+        self.table, self.ids, self.device = table, ids_MA, ids_MA.device
+        self._seen: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Make room for the ids in host memory."""
+        if self._seen is None:
+            self._seen = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=self.ids.is_cuda)
+
+    def run(self) -> None:
+        """Bring the experts; those of the layers before have been used."""
+        self.prepare()
+        assert self._seen is not None
+        self.table.store.used_all()
+        self._seen.copy_(self.ids, non_blocking=True)
+        if self.ids.is_cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+        self.table.bring(self._seen.flatten().tolist())
