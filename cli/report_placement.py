@@ -38,9 +38,9 @@ def _table(placement: "Placement") -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
-    table.add_column("GPU, in GB", no_wrap=True)
-    for name in ("layers", "experts (a layer)", "slots", *COLUMNS, "total", "free"):
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("GPU\nin GB", no_wrap=True)
+    for name in ("layers", "experts\n(a layer)", "slots", *COLUMNS, "total", "free"):
         table.add_column(f" {name}", justify="right", no_wrap=True, style="bold" if name == "total" else "")
     for device in placement.devices:
         table.add_row(*_row(device))

@@ -61,11 +61,14 @@ class ModelBytes:
 
 def model_bytes(source: Source, dtype: torch.dtype) -> ModelBytes:
     """The bytes of `source` with activations of `dtype`; ConfigError if its experts are not all alike."""
-    return _model_bytes(source.config, source.format, source.quantized, dtype)
+    format: Any = source.format  # formats are frozen, and so hashable; the protocol does not say so
+    return _model_bytes(source.config, format, source.quantized, dtype)
 
 
 @lru_cache(maxsize=8)  # the inventory of the released model has 8,243 tensors: 60 ms, for each of many plans
-def _model_bytes(config: ModelConfig, format: Any, quantized: frozenset[str], dtype: torch.dtype) -> ModelBytes:
+def _model_bytes(
+    config: ModelConfig, format: Format | None, quantized: frozenset[str], dtype: torch.dtype
+) -> ModelBytes:
     source = ConfigSource(config, inventory(config), quantized, format)
     specs = {spec.name: spec for spec in source.inventory}
     layers, records = [0] * config.num_hidden_layers, dict[tuple[int, int], int]()
