@@ -116,7 +116,7 @@ def test_more_budget_never_lowers_the_hit_rate(sizes, total, more, run, counts, 
     assert after.expected_hit_rate >= before.expected_hit_rate
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(12 * GB, 60 * GB), st.integers(1, 2), st.integers(4096, 1_000_000), st.sampled_from([1, 8]))
 def test_what_a_budget_error_names_is_enough(total, number, context, batch) -> None:
     """With so much more in all, or with the context that it names, there is a plan; a bit less is refused again."""
@@ -128,6 +128,7 @@ def test_what_a_budget_error_names_is_enough(total, number, context, batch) -> N
     except BudgetError as error:
         text = str(error)
     assert "without any expert" in text
+    assume(" more on " not in text)  # a GPU that is too small itself: no budget for all together helps
     amount, unit = text.split("; ")[1].split()[:2]
     digit = {"GB": GB, "MB": GB // 1000, "kB": 1000}[unit] // 10  # the last one, rounded up
     more = round(float(amount) * 10) * digit
