@@ -1,7 +1,8 @@
-"""Options that several commands share, and the parameter type for sizes."""
+"""Options that several commands share, and the parameter types for sizes and counts."""
 
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -31,6 +32,47 @@ class Size(click.ParamType):
 
 
 SIZE = Size()
+
+
+class Count(click.ParamType):
+    """A whole number of at least `least`, written 8192, 8k, 1M (powers of 1000) or 8Ki (powers of 1024)."""
+
+    name = "count"
+    _scales: ClassVar = {"": 1, "k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
+
+    def __init__(self, least: int = 0):
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*(\d+)\s*([kKmM]i?)?\s*", str(value), re.ASCII)
+        if match is None:
+            self.fail(f"'{value}' is not a whole number such as 8192, 8k, 128K or 1M", param, ctx)
+        number = int(match[1]) * self._scales[(match[2] or "").lower()]
+        if number < self.least:
+            self.fail(f"{number} is not in the range x>={self.least}.", param, ctx)
+        return number
+
+
+COUNT = Count()
+
+
+class Gpus(click.ParamType):
+    """Sizes of GPUs in bytes, written 141GB, 2x141GB or 80GB,141GB."""
+
+    name = "gpus"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        from minibble.runtime.machine import gpu_sizes
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            return gpu_sizes(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+GPUS = Gpus()
 
 
 def _remember_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from minibble.cli.options import json_option
+from minibble.cli.options import COUNT, GPUS, SIZE, json_option
 from minibble.cli.output import console, emit_json, note
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import FORMAT_NAMES, FORMAT_NOTES, PARTS, Footprint
@@ -35,11 +35,11 @@ UNITS = ((1e9, "GB", 2**30, "GiB"), (1e6, "MB", 2**20, "MiB"), (1e3, "kB", 2**10
 @click.argument("target", metavar="TARGET")
 @click.option(
     "--context",
-    type=click.IntRange(0),
+    type=COUNT,
     default=8192,
     show_default=True,
     metavar="N",
-    help="Tokens per sequence, for the KV cache.",
+    help="Tokens per sequence, for the KV cache; 8k is 8000, 8Ki 8192, 1M a million.",
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
 @click.option(
@@ -49,21 +49,44 @@ UNITS = ((1e9, "GB", 2**30, "GiB"), (1e6, "MB", 2**20, "MiB"), (1e3, "kB", 2**10
     help="Format that the totals speak of.  [default: what is on disk; nf4-dq where there are no weights]",
 )
 @click.option(
+    "--gpu-memory",
+    type=SIZE,
+    metavar="SIZE",
+    help="Plan a run that never takes more than this on all GPUs together; alone, on one.",
+)
+@click.option("--gpus", type=GPUS, metavar="LIST", help="Plan a run on these GPUs: 2x141GB, or 80GB,141GB.")
+@click.option(
+    "--host-memory",
+    type=SIZE,
+    metavar="SIZE",
+    help="Most memory to pin for experts that do not fit.  [default: what is needed]",
+)
+@click.option("--disk", type=SIZE, metavar="SIZE", help="Most bytes of experts to read from disk.  [default: none]")
+@click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Write the report as one self-contained page.",
 )
 @json_option
-def command(target: str, context: int, batch: int, format_: str | None, html: Path | None, as_json: bool) -> None:
+def command(
+    target: str,
+    context: int,
+    batch: int,
+    format_: str | None,
+    html: Path | None,
+    as_json: bool,
+    **machine: Any,
+) -> None:
     """Say where every byte of a model goes: experts, attention, embeddings, KV cache, state.
 
     TARGET is a checkpoint folder (its bytes on disk), a config.json, or a built-in model: minimax-text-01,
-    minimax-m1 or demo. GB is 1e9 bytes, GiB is 2^30.
+    minimax-m1 or demo. GB is 1e9 bytes, GiB is 2^30. With --gpu-memory or --gpus it also says which layers and experts
+    go where, and how fast that should decode.
     """
     from minibble.runtime.report import memory_report
 
-    report = memory_report(target, context=context, batch=batch, format=format_)
+    report = memory_report(target, context=context, batch=batch, format=format_, **machine)
     if html is not None:
         from minibble.cli.report_html import page
 
@@ -141,9 +164,18 @@ def _renderables(report: "MemoryReport", width: int) -> "list[RenderableType]":
         *_bars(shown, chosen, width),
         "",
         f"To run in {report.weights.format}, {running_text(report)}",
+        *_placement(report),
         *_quality(report),
         *(f"[dim]{name:<10}  {FORMAT_NOTES[name]}[/]" for name in FORMAT_NAMES if name in shown),
     ]
+
+
+def _placement(report: "MemoryReport") -> "list[RenderableType]":
+    if report.placement is None:
+        return []
+    from minibble.cli.report_placement import renderables
+
+    return ["", *renderables(report.placement)]
 
 
 def _quality(report: "MemoryReport") -> "list[RenderableType]":

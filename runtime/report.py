@@ -1,9 +1,9 @@
 """Where every byte of a model goes: in a checkpoint on disk, or in each format before anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minibble.quantize.builtin import BUILTIN, DEMO, builtin_config, resolve_source
 from minibble.quantize.config import ModelConfig
@@ -21,6 +21,11 @@ from minibble.runtime.footprint import (
 )
 from minibble.runtime.quality import Quality, read_quality
 
+if TYPE_CHECKING:
+    from minibble.runtime.machine import Machine
+    from minibble.runtime.placement import Placement
+    from minibble.runtime.plan import Source
+
 STORED = "stored"
 
 
@@ -29,7 +34,8 @@ class MemoryReport:
     """What a model weighs. Sizes in bytes; `weights` is what the totals speak of, `formats` what else it could be.
 
     `weights` are the tensors on disk when the target is a checkpoint (`stored`), else those of the asked format.
-    `quality` is what the manifest of such a checkpoint says, if it has one and is 4-bit.
+    `quality` is what the manifest of such a checkpoint says, if it has one and is 4-bit; `placement` is the plan for
+    the GPUs that were asked about.
     """
 
     target: str
@@ -42,6 +48,7 @@ class MemoryReport:
     kv_cache_bytes: int
     state_bytes: int
     quality: Quality | None = None
+    placement: "Placement | None" = None
 
     @property
     def parameters(self) -> int:
@@ -72,6 +79,7 @@ class MemoryReport:
             "state_bytes": self.state_bytes,
             "running_bytes": self.running_bytes,
             **({} if self.quality is None else {"quality": self.quality.to_json()}),
+            **({} if self.placement is None else self.placement.to_json()),
         }
 
 
@@ -83,53 +91,96 @@ def _numbers(weights: Footprint) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What there is to report on: `source` and `stored`, its bytes on disk, if there are weights, and their quality."""
+
+    config: ModelConfig
+    source: "Source | None" = None
+    stored: Footprint | None = None
+    quality: Quality | None = None
+
+
 def memory_report(
-    target: str | Path, *, context: int = 8192, batch: int = 1, format: str | None = None
+    target: str | Path,
+    *,
+    context: int = 8192,
+    batch: int = 1,
+    format: str | None = None,
+    gpu_memory: int | None = None,
+    gpus: Sequence[int] | None = None,
+    host_memory: int | None = None,
+    disk: int | None = None,
 ) -> MemoryReport:
     """Report on a checkpoint folder, a `config.json` (or a folder with only that), or a built-in name.
 
     A checkpoint is reported as it lies on disk, to the byte, unless `format` asks what it would be in another.
     Without weights, `format` is `nf4-dq` by default; see `footprint.FORMAT_NAMES`. `context` is in tokens per
     sequence, `batch` in sequences. ConfigError or CheckpointError say what is wrong with the target.
+
+    With `gpus`, bytes of each, or `gpu_memory`, the most bytes on all of them (alone: of one GPU), the report has a
+    placement. It pins at most `host_memory` bytes of experts, by default what is needed, and leaves at most `disk`
+    bytes of them on disk, by default none. BudgetError says what is missing.
     """
     if context < 0 or batch < 1:
         raise ConfigError(f"context {context} and batch {batch} must be at least 0 and 1")
-    config, stored, quality = _examine(target)
-    if format is not None or stored is None:
-        weights = footprint(config, format or "nf4-dq")
-    else:
-        weights = stored
+    if gpu_memory is None and gpus is None and (host_memory is not None or disk is not None):
+        raise ConfigError("host memory and disk are for experts that do not fit on GPUs: say which, or how much memory")
+    examined = _examine(target)
+    config, as_stored = examined.config, examined.stored is not None and format is None
+    weights = examined.stored if as_stored else footprint(config, format or "nf4-dq")
+    assert weights is not None
+    placement = None
+    if gpu_memory is not None or gpus is not None:
+        from minibble.runtime.machine import Machine
+
+        machine = Machine.of_sizes(gpus or [gpu_memory or 0], host_memory, disk)
+        total = gpu_memory if gpus else None
+        placement = _placement(examined, None if as_stored else weights.format, machine, context, batch, total)
     return MemoryReport(
         target=str(target),
         config=config,
-        stored=weights is stored,
+        stored=as_stored,
         weights=weights,
         formats=footprints(config),
         context=context,
         batch=batch,
         kv_cache_bytes=kv_cache_bytes(config, context, batch),
         state_bytes=state_bytes(config, batch),
-        quality=quality if weights is stored else None,
+        quality=examined.quality if as_stored else None,
+        placement=placement,
     )
 
 
-def _examine(target: str | Path) -> tuple[ModelConfig, Footprint | None, Quality | None]:
-    """The target's config, its bytes on disk if it has weights, and their quality if its manifest tells."""
+def _placement(
+    target: _Target, format: str | None, machine: "Machine", context: int, batch: int, gpu_memory: int | None
+) -> "Placement":
+    """The plan for the target's weights as they are, or for its config in `format`."""
+    from minibble.runtime.device_bytes import ConfigSource
+    from minibble.runtime.placement import plan_placement
+
+    source = target.source if format is None else ConfigSource.of(target.config, format)
+    assert source is not None
+    counts = None if target.quality is None else target.quality.expert_tokens
+    return plan_placement(source, machine, context=context, batch=batch, gpu_memory=gpu_memory, counts=counts)
+
+
+def _examine(target: str | Path) -> _Target:
     path = resolve_source(target)
     if path.is_dir():
         bare = not any(".safetensors" in entry.name or entry.name == JOURNAL for entry in path.iterdir())
         if bare and (path / CONFIG).is_file():
-            return ModelConfig.from_file(path / CONFIG), None, None
+            return _Target(ModelConfig.from_file(path / CONFIG))
         return _stored(path)
     if path.is_file():
-        return ModelConfig.from_file(path), None, None
+        return _Target(ModelConfig.from_file(path))
     if str(target) in BUILTIN:
-        return builtin_config(str(target)), None, None
+        return _Target(builtin_config(str(target)))
     names = ", ".join((*BUILTIN, DEMO))
     raise ConfigError(f"'{target}' is no checkpoint folder, no config.json and no built-in model ({names})")
 
 
-def _stored(path: Path) -> tuple[ModelConfig, Footprint, Quality | None]:
+def _stored(path: Path) -> _Target:
     from minibble.quantize.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
@@ -140,4 +191,4 @@ def _stored(path: Path) -> tuple[ModelConfig, Footprint, Quality | None]:
         parts=sum_parts(specs, checkpoint.stored_nbytes),
     )
     quality = None if checkpoint.format is None else read_quality(path, checkpoint.config)
-    return checkpoint.config, weights, quality
+    return _Target(checkpoint.config, checkpoint, weights, quality)

@@ -149,3 +149,57 @@ def test_json_and_page_at_once(cli_json, tmp_path) -> None:
     file = tmp_path / "report.html"
     assert cli_json("report", "minimax-m1", "--html", file)["format"] == "nf4-dq"
     assert file.exists()
+
+
+def test_plan_for_gpus(cli, cli_json) -> None:
+    options = ("--gpu-memory", "228GB", "--gpus", "2x141GB", "--context", "1M")
+    report = cli_json("report", "minimax-text-01", *options)
+    assert report["context"] == 1_000_000
+    assert [device["layers"] for device in report["devices"]][1][1] == 80
+    assert sum(device["total_bytes"] for device in report["devices"]) <= 228e9
+    assert 0 < report["expected_hit_rate"] < 1
+    result = cli("report", "minimax-text-01", *options)
+    for device in report["devices"]:
+        first, stop = device["layers"]
+        row = next(line for line in result.stdout.splitlines() if device["device"] in line)
+        assert f"{first}-{stop - 1}" in row and f"{device['experts']:,} (" in row
+        assert f"{device['total_bytes'] / 1e9:.2f}" in row
+    pinned = report["experts"]["pinned"]
+    assert f"host memory: {pinned:,} experts, {report['host_bytes'] / 1e9:.1f} GB" in result.stdout
+    assert f"{100 * report['expected_hit_rate']:.1f} % of the experts' work" in result.stdout
+    assert "disk:" not in result.stdout
+
+
+def test_plan_fits_a_terminal(cli, monkeypatch) -> None:
+    monkeypatch.setattr("minibble.cli.output.PIPE_WIDTH", 80)
+    options = ("--gpus", "24GB,2x141GB", "--context", "1M", "--batch", 2, "--host-memory", "20GB", "--disk", "300GB")
+    result = cli("report", "minimax-text-01", *options)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    table = lines[next(n for n, line in enumerate(lines) if line.startswith("GPU")) :]
+    assert max(map(len, table[:8])) <= 80 and "…" not in "".join(table[:8])
+    assert any(line.startswith("disk: ") for line in table)
+
+
+def test_plan_that_does_not_fit_is_one_line(cli) -> None:
+    result = cli("report", "minimax-text-01", "--gpu-memory", "12GB")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("minibble: error: cuda:0 needs 17.0 GB without any expert")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("8192", 8192), ("8k", 8000), ("128K", 128_000), ("1M", 1_000_000), ("1Mi", 2**20), ("0", 0)]
+)
+def test_context_in_thousands(cli_json, text: str, tokens: int) -> None:
+    assert cli_json("report", "minimax-text-01", "--context", text)["context"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--context", "-1"), ("--context", "1.5k"), ("--context", "8kB"), ("--gpus", "2x"), ("--gpus", "0x80GB")],
+)
+def test_what_is_no_count_or_gpu_is_wrong_usage(cli, option: str, value: str) -> None:
+    result = cli("report", "minimax-text-01", option, value)
+    assert result.exit_code == 2
+    assert value in result.stderr or "N" in result.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from minibble.quantize.errors import CheckpointError, ConfigError
+from minibble.quantize.errors import BudgetError, CheckpointError, ConfigError
 from minibble.quantize.job import quantize_checkpoint
 from minibble.runtime.report import memory_report
 
@@ -96,3 +96,58 @@ def test_unknown_target_is_refused() -> None:
 def test_impossible_sizes_are_refused(sizes) -> None:
     with pytest.raises(ConfigError, match="context"):
         memory_report("minimax-m1", **sizes)
+
+
+def test_placement_on_asked_gpus() -> None:
+    asked = {"gpu_memory": 228 * 10**9, "gpus": (141 * 10**9, 141 * 10**9)}
+    report = memory_report("minimax-text-01", context=1000, **asked).to_json()
+    assert report.keys() >= CONTRACT | {"devices", "host_bytes", "disk_bytes"}
+    assert report.keys() >= {"expected_hit_rate", "expected_decode_tokens_per_s"}
+    assert [device["device"] for device in report["devices"]] == ["cuda:0", "cuda:1"]
+    assert sum(device["total_bytes"] for device in report["devices"]) <= 228 * 10**9
+    assert report["disk_bytes"] == 0 < report["host_bytes"] < 20 * 10**9
+    json.dumps(report)
+    alone = memory_report("minimax-text-01", gpu_memory=48 * 10**9).placement
+    assert alone is not None and [device.budget_bytes for device in alone.devices] == [48 * 10**9]
+    assert "devices" not in memory_report("minimax-text-01").to_json()
+
+
+def test_placement_that_cannot_be() -> None:
+    with pytest.raises(BudgetError, match="without any expert"):
+        memory_report("minimax-text-01", gpu_memory=12 * 10**9)
+    with pytest.raises(BudgetError, match="fit on no GPU"):
+        memory_report("minimax-text-01", gpu_memory=24 * 10**9, host_memory=64 * 10**9)
+    with pytest.raises(ConfigError, match="do not fit on GPUs"):
+        memory_report("minimax-text-01", host_memory=64 * 10**9)
+
+
+@pytest.mark.parametrize("format", [None, "nf4-dq", "int4-g128"])
+def test_placement_of_a_checkpoint(tmp_path, make_source, tiny_config, format: str | None) -> None:
+    """What lies on disk is placed, or what was asked about, which the tiny model may be too small for."""
+    source = make_source(tmp_path / "source", tiny_config(hidden_size=128, head_dim=32))
+    placement = memory_report(source, format=format, gpu_memory=10**9).placement
+    assert placement is not None
+    record = {None: 3 * 128 * 128 * 2, "nf4-dq": 3 * 128 * 128 // 2, "int4-g128": 3 * 128 * 128 // 2}[format]
+    assert record <= placement.record_bytes < 3 * record
+    assert placement.resident == ((0, 1, 2, 3),) * 3
+
+
+def test_calibrated_experts_are_placed_by_their_tokens(tmp_path, make_source, tiny_config) -> None:
+    """Of the 12 experts all but a few fit, and the coldest of a layer are left out."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from golden.calibrated_manifest import calibrate_folder
+
+    source = make_source(tmp_path / "source", tiny_config(num_local_experts=16, hidden_size=256, intermediate_size=256))
+    out = quantize_checkpoint(source, tmp_path / "out").out
+    tokens = calibrate_folder(out)["expert_tokens"]
+    whole = memory_report(out, gpu_memory=10**9).placement
+    assert whole is not None and whole.expected_hit_rate == 1
+    budget = whole.total_bytes - 6 * whole.record_bytes
+    placement = memory_report(out, gpu_memory=budget).placement
+    assert placement is not None and sum(map(len, placement.pinned)) == 10  # six, and the room of four slots
+    for layer, (kept, left) in enumerate(zip(placement.resident, placement.pinned, strict=True)):
+        coldest = min(tokens[layer][expert] for expert in kept)
+        assert all(tokens[layer][expert] <= coldest for expert in left)
+    assert placement.expected_hit_rate > 1 - 10 / 48

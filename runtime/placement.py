@@ -1,0 +1,265 @@
+"""Which layers and experts live on which GPU, in host memory or on disk, decided before anything is allocated.
+
+Pure arithmetic. A budget counts everything that a GPU's memory holds for the process, the CUDA context included.
+`expected_hit_rate` is the share of the routed experts' work that resident experts do. The slots add nothing to it:
+there are fewer of them than a step misses experts, so a step finds none there of the step before.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from minibble.quantize.errors import ConfigError
+from minibble.runtime.device_bytes import Demand, default_chunk
+from minibble.runtime.machine import Gpu, Machine
+from minibble.runtime.plan import Source
+from minibble.runtime.rates import HOP_S, chances, missed_seconds, summed
+from minibble.runtime.shares import Expert, shares_of
+from minibble.runtime.shortage import gpu_shortage, host_shortage
+from minibble.runtime.split import Split, Splitter
+
+Ids = tuple[tuple[int, ...], ...]  # of experts, for each layer
+
+# A layer's experts are received while the ones before them are in use: two sets of those that a token needs.
+SLOT_SETS = 2
+# Records in host memory that experts from disk pass through: one is being read, one copied.
+STAGING_RECORDS = 2
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What `device` holds: `layers`, of these the `resident` experts, and `slots` that receive the others in turn."""
+
+    device: str
+    budget_bytes: int
+    layers: range
+    resident: Ids
+    slots: int
+    record_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    state_bytes: int
+    workspace_bytes: int
+    overhead_bytes: int
+
+    @property
+    def experts(self) -> int:
+        """How many experts are resident."""
+        return sum(map(len, self.resident))
+
+    @property
+    def experts_bytes(self) -> int:
+        """Records of resident experts and of slots."""
+        return (self.experts + self.slots) * self.record_bytes
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for; the weights are those beside experts."""
+        names = ("weights", "experts", "kv_cache", "state", "workspace", "overhead")
+        return {f"{name}_bytes": getattr(self, f"{name}_bytes") for name in names}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; experts are counted, not named."""
+        return {
+            "device": self.device,
+            "budget_bytes": self.budget_bytes,
+            "total_bytes": self.total_bytes,
+            "experts": self.experts,
+            "slots": self.slots,
+            "layers": [self.layers.start, self.layers.stop],
+            "resident_per_layer": [len(ids) for ids in self.resident],
+            "parts": self.parts,
+        }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything is. `pinned` and `disk` are ids of experts for each layer of the model, as `resident` is.
+
+    `prefill_chunk` are the tokens of each sequence that the workspace allows through the layers at a time.
+    """
+
+    devices: tuple[DevicePlan, ...]
+    pinned: Ids
+    disk: Ids
+    host_bytes: int
+    disk_bytes: int
+    record_bytes: int
+    dtype: str
+    context: int
+    batch: int
+    prefill_chunk: int
+    expected_hit_rate: float
+    expected_decode_tokens_per_s: float
+
+    @property
+    def total_bytes(self) -> int:
+        """On all GPUs."""
+        return sum(device.total_bytes for device in self.devices)
+
+    @property
+    def resident(self) -> Ids:
+        """Ids of the experts on GPUs for each layer of the model."""
+        return tuple(ids for device in self.devices for ids in device.resident)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the keys that other programs may rely on."""
+        return {
+            "devices": [device.to_json() for device in self.devices],
+            "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
+            "experts": {name: sum(map(len, getattr(self, name))) for name in ("resident", "pinned", "disk")},
+            "record_bytes": self.record_bytes,
+            "dtype": self.dtype,
+            "context": self.context,
+            "batch": self.batch,
+            "prefill_chunk": self.prefill_chunk,
+            "expected_hit_rate": self.expected_hit_rate,
+            "expected_decode_tokens_per_s": self.expected_decode_tokens_per_s,
+        }
+
+
+def plan_placement(
+    source: Source,
+    machine: Machine,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    context: int,
+    batch: int = 1,
+    gpu_memory: int | Sequence[int] | None = None,
+    counts: Sequence[Sequence[int]] | None = None,
+    prefill_chunk: int | None = None,
+    slots: int | None = None,
+) -> Placement:
+    """The placement of `source` on `machine` that keeps most of the experts' work on GPUs, and of these the quickest.
+
+    `gpu_memory` in bytes bounds all GPUs together, or each one if it is a sequence. `counts` [layers][experts] are the
+    tokens of each expert in a calibration: the hottest stay on GPUs, then in host memory. `slots` of a GPU that misses
+    experts are by default twice what a token needs. GPUs that would not help are left out. BudgetError says what is
+    missing and what would fit.
+    """
+    config = source.config
+    chunk = prefill_chunk or default_chunk(batch)
+    limits, total = _limits(machine.gpus, gpu_memory)
+    shares = shares_of(config.num_hidden_layers, config.num_experts, counts)
+    needed = chances(shares, config.experts_per_token, batch)
+    slots = SLOT_SETS * config.experts_per_token if slots is None else slots
+
+    def splitter(context: int) -> Splitter:
+        demand = Demand.of(source, dtype, context, batch, chunk)
+        used = [
+            nbytes + sum(row) * demand.model.record_bytes + caches + 2 * states  # a state is read and written
+            for nbytes, row, caches, states in zip(
+                demand.model.layers, needed, _steps(demand.caches), _steps(demand.states), strict=True
+            )
+        ]
+        step_bytes = tuple(accumulate(used, initial=0.0))
+        tail = demand.model.tail_bytes
+        return Splitter(machine.gpus, demand, shares, config.num_experts, slots, step_bytes, tail)
+
+    planner = splitter(context)
+    numbers = range(1, min(len(machine.gpus), config.num_hidden_layers) + 1)
+    splits = [split for n in numbers if (split := planner.best(n, limits, total)) is not None]
+    if not splits:
+        raise gpu_shortage(splitter, limits, total, context, batch)
+    found = [_placed(planner, split, machine, needed, (context, batch, chunk), dtype) for split in splits]
+    placements = [placement for placement in found if placement is not None]
+    if not placements:
+        raise host_shortage(planner, splits, machine, STAGING_RECORDS)
+    return max(placements, key=lambda placed: (placed.expected_hit_rate, placed.expected_decode_tokens_per_s))
+
+
+def _limits(gpus: Sequence[Gpu], gpu_memory: int | Sequence[int] | None) -> tuple[tuple[int, ...], int | None]:
+    """The most bytes on each GPU, and on all of them."""
+    if not gpus:
+        raise ConfigError("a placement needs at least one GPU")
+    sizes = tuple(gpu.memory_bytes for gpu in gpus)
+    if gpu_memory is None or isinstance(gpu_memory, int):
+        return sizes, gpu_memory
+    if len(gpu_memory) != len(gpus):
+        raise ConfigError(f"{len(gpu_memory)} budgets for {len(gpus)} GPUs: give one for each, or one for all together")
+    return tuple(map(min, sizes, gpu_memory)), None
+
+
+def _steps(sums: Sequence[int]) -> list[int]:
+    return [after - before for before, after in pairwise(sums)]
+
+
+def _placed(
+    planner: Splitter,
+    split: Split,
+    machine: Machine,
+    needed: Sequence[Sequence[float]],
+    run: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> Placement | None:
+    """The placement for a split; None if the experts left over fit neither in host memory nor on disk."""
+    record = planner.demand.model.record_bytes
+    devices = tuple(_device(planner, split, index) for index in range(len(split.budgets)))
+    resident = {(layer, e) for d in devices for layer, ids in zip(d.layers, d.resident, strict=True) for e in ids}
+    missing = [expert for expert in planner.shares.hottest(0, planner.layers) if expert not in resident]
+    pinned = pinned_number(len(missing), machine, record)
+    if pinned is None:
+        return None
+    in_host, on_disk = _by_layer(missing[:pinned], planner.layers), _by_layer(missing[pinned:], planner.layers)
+    context, batch, chunk = run
+    seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
+    seconds += HOP_S * (len(devices) - 1)
+    seconds += missed_seconds(summed(needed, in_host) * record, summed(needed, on_disk) * record, machine)
+    staging = STAGING_RECORDS if pinned < len(missing) else 0
+    return Placement(
+        devices=devices,
+        pinned=in_host,
+        disk=on_disk,
+        host_bytes=(pinned + staging) * record,
+        disk_bytes=(len(missing) - pinned) * record,
+        record_bytes=record,
+        dtype=str(dtype).removeprefix("torch."),
+        context=context,
+        batch=batch,
+        prefill_chunk=chunk,
+        expected_hit_rate=split.held / planner.shares.total,
+        expected_decode_tokens_per_s=batch / seconds,
+    )
+
+
+def _device(planner: Splitter, split: Split, index: int) -> DevicePlan:
+    start, stop = split.bounds[index : index + 2]
+    resident = planner.resident(start, stop, split.room[index])
+    assert resident is not None
+    everything = (stop - start) * planner.experts
+    hottest = planner.shares.hottest(start, stop)[:resident]
+    return DevicePlan(
+        device=planner.gpus[index].device,
+        budget_bytes=split.budgets[index],
+        layers=range(start, stop),
+        resident=_by_layer(((layer - start, expert) for layer, expert in hottest), stop - start),
+        slots=planner.slots if resident < everything else 0,
+        record_bytes=planner.demand.model.record_bytes,
+        **planner.demand.parts(start, stop),
+    )
+
+
+def pinned_number(missing: int, machine: Machine, record_bytes: int) -> int | None:
+    """How many of the missing experts host memory takes, the others being on disk; None if that cannot be."""
+    room = missing if machine.host_bytes is None else machine.host_bytes // record_bytes
+    if room >= missing:
+        return missing
+    if machine.disk_bytes is None or room < STAGING_RECORDS:
+        return None
+    pinned = room - STAGING_RECORDS
+    return pinned if (missing - pinned) * record_bytes <= machine.disk_bytes else None
+
+
+def _by_layer(experts: Iterable[Expert], layers: int) -> Ids:
+    ids: list[list[int]] = [[] for _ in range(layers)]
+    for layer, expert in experts:
+        ids[layer].append(expert)
+    return tuple(tuple(sorted(row)) for row in ids)

@@ -1,0 +1,40 @@
+"""How fast a placed model should decode: bytes over measured rates, and fixed times for what bytes do not explain."""
+
+from collections.abc import Sequence
+
+from minibble.runtime.machine import Gpu, Machine
+from minibble.runtime.shares import UNIT, Shares
+
+# Kernels for few tokens read 4-bit weights at this share of what reading alone reaches; a layer's small kernels and
+# gaps are the rest of its time. Together: 98 us of bytes take the measured 137 on an H100 (docs/performance.md).
+READ_SHARE = 0.80
+LAYER_S = 15e-6
+HOP_S = 45e-6  # the hidden state from one GPU to the next: 12 KiB, measured between two H200
+
+
+def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
+    """Time in which `gpu` takes a step through `layers` that reads `nbytes`."""
+    return nbytes / (READ_SHARE * gpu.read_bytes_per_s) + layers * LAYER_S
+
+
+def missed_seconds(pinned_bytes: float, disk_bytes: float, machine: Machine) -> float:
+    """Time for a step's experts that are not on their GPU. A layer's copies wait for its router, and it for them."""
+    pinned_rate = max(machine.copy_bytes_per_s, machine.cpu_expert_bytes_per_s or 0)
+    return pinned_bytes / pinned_rate + disk_bytes / min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
+
+
+def chances(shares: Shares, experts_per_token: int, batch: int) -> list[list[float]]:
+    """For each expert [layers][experts] the probability that a step of `batch` sequences needs it."""
+    if shares.even:
+        row = [_chance(shares.layers[0][0], experts_per_token, batch)] * len(shares.layers[0])
+        return [row] * len(shares.layers)
+    return [[_chance(share, experts_per_token, batch) for share in row] for row in shares.layers]
+
+
+def _chance(share: int, experts_per_token: int, batch: int) -> float:
+    return 1 - (1 - min(1.0, experts_per_token * share / UNIT)) ** batch
+
+
+def summed(chances: Sequence[Sequence[float]], experts: Sequence[Sequence[int]]) -> float:
+    """How many different ones of `experts` (ids for each layer) a step is expected to need."""
+    return sum(row[expert] for row, ids in zip(chances, experts, strict=True) for expert in ids)

@@ -1,0 +1,66 @@
+"""How often each expert is used: a share of its layer's uses, from a calibration's counts or alike for all.
+
+Shares are whole numbers of 1/UNIT, so that sums of them do not depend on their order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, chain
+
+from minibble.quantize.errors import ConfigError
+
+UNIT = 1 << 40
+
+Expert = tuple[int, int]  # layer, expert
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """`layers[l][e]` is how much of layer l's work expert e does; made by `shares_of`."""
+
+    layers: tuple[tuple[int, ...], ...]
+    even: bool
+    _sums: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def total(self) -> int:
+        """The shares of all experts together."""
+        return sum(map(sum, self.layers))
+
+    def hottest(self, start: int, stop: int) -> list[Expert]:
+        """The experts of the layers from `start` up to `stop`, the most used first; among equals layer after layer,
+        so that what is left out is spread evenly."""
+        ranked = []
+        for layer in range(start, stop):
+            row = self.layers[layer]
+            order = sorted(range(len(row)), key=lambda expert: -row[expert])
+            ranked += [(-row[expert], rank, layer, expert) for rank, expert in enumerate(order)]
+        return [(layer, expert) for _, _, layer, expert in sorted(ranked)]
+
+    def mass(self, start: int, stop: int, number: int) -> int:
+        """The shares of the `number` hottest experts of the layers from `start` up to `stop`."""
+        if self.even:
+            return number * self.layers[0][0]
+        if (start, stop) not in self._sums:
+            merged = sorted(chain.from_iterable(self.layers[start:stop]), reverse=True)
+            self._sums[start, stop] = tuple(accumulate(merged, initial=0))
+        return self._sums[start, stop][number]
+
+
+def shares_of(layers: int, experts: int, counts: Sequence[Sequence[int]] | None = None) -> Shares:
+    """Shares from the tokens that each expert got, [layers][experts]; even without counts, and in layers without any.
+
+    ConfigError if the counts are those of another model.
+    """
+    if counts is None:
+        return _shares(((1,) * experts,) * layers)
+    if len(counts) != layers or any(len(row) != experts or min(row) < 0 for row in counts):
+        raise ConfigError(f"counts must have a number of at least 0 for each of {layers} layers × {experts} experts")
+    return _shares(tuple(map(tuple, counts)))
+
+
+@lru_cache(maxsize=8)  # with the sums of stretches of layers that plans ask for
+def _shares(counts: tuple[tuple[int, ...], ...]) -> Shares:
+    rows = tuple(tuple(UNIT * n // sum(row) if any(row) else UNIT // len(row) for n in row) for row in counts)
+    return Shares(rows, even=len(set(chain.from_iterable(rows))) == 1)
