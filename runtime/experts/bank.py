@@ -101,11 +101,11 @@ class Bank:
                 self._bring(key)
             for key in coming:
                 self._settle(key)
+            self.publish()
         except BaseException:
             self.slots.held &= before
-            raise
-        finally:
             self.publish()
+            raise
 
     def begin(self, wanted: list[Key], predicted: bool = False) -> None:
         """Begin to bring what is not here, as far as there are slots and buffers."""

@@ -109,6 +109,7 @@ class Tiers:
         self.lane.finish()
         for transfer in self._busy:
             transfer.result()
+        self._busy.clear()
         if self.disk is not None:
             self.disk.seal()
 
@@ -148,7 +149,7 @@ class Tiers:
         if rest:
             place = "ordinary memory, from where they come several times slower" if self.disk is None else "disk"
             warnings.warn(
-                f"{sizes.decimal(len(self.host) * self.record_nbytes)} of host memory are pinned, "
+                f"{sizes.decimal(pool.nbytes)} of host memory are pinned, "
                 f"{sizes.decimal(len(waiting) * self.record_nbytes)} were to be ({pool.short}): "
                 f"{len(rest)} experts wait in {place}",
                 stacklevel=4,
