@@ -1,0 +1,56 @@
+"""Which expert lies in which spare slot, and which of them is the next to go: bookkeeping without any memory."""
+
+from collections import OrderedDict
+from collections.abc import Set
+
+from minibble.runtime.experts.placement import Key
+
+
+class Slots:
+    """`count` slots, each free or one expert's; `held` are those that work in progress needs."""
+
+    def __init__(self, count: int):
+        self.keys: list[Key | None] = [None] * count
+        self.held: set[int] = set()
+        self._where: dict[Key, int] = {}
+        self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def present(self) -> list[Key]:
+        return list(self._where)
+
+    def find(self, key: Key) -> int | None:
+        """The slot of an expert."""
+        return self._where.get(key)
+
+    def touch(self, slot: int) -> None:
+        """Note that the slot was used just now."""
+        self._order.move_to_end(slot)
+
+    def victim(self, keep: Set[int] = frozenset()) -> int | None:
+        """A free slot, else the one used least recently, never one that is held or in `keep`; None if there is none."""
+        open = [slot for slot in self._order if slot not in self.held and slot not in keep]
+        return next((slot for slot in open if self.keys[slot] is None), open[0] if open else None)
+
+    def give(self, slot: int, key: Key) -> None:
+        """Let a free slot be that of `key`."""
+        assert self.keys[slot] is None and key not in self._where
+        self.keys[slot] = key
+        self._where[key] = slot
+        self.touch(slot)
+
+    def drop(self, slot: int) -> Key | None:
+        """Free a slot; returns whose it was."""
+        key = self.keys[slot]
+        if key is not None:
+            del self._where[key]
+            self.keys[slot] = None
+        self.held.discard(slot)
+        return key
+
+    def held_of(self, layer: int) -> list[int]:
+        """The held slots with experts of `layer`."""
+        return [slot for slot in self.held if (key := self.keys[slot]) is not None and key[0] == layer]

@@ -1,0 +1,196 @@
+"""The experts of one GPU's layers, those that fit on it and those that come when they are needed."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from minibble.quantize.errors import CheckpointError
+from minibble.runtime.experts.bank import Bank
+from minibble.runtime.experts.lanes import Lane, lane_for
+from minibble.runtime.experts.placement import Key, Placement
+from minibble.runtime.experts.stats import ExpertStats
+from minibble.runtime.experts.tiers import Tiers
+
+ALIGNMENT = 256  # bytes; what kernels expect of a record
+
+
+class ExpertStore:
+    """Experts of `record_nbytes` each, placed by `placement`; `folder` is for those that wait on disk.
+
+    Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`. One thread
+    at a time; all computing on streams that wait for each other, none of it being captured meanwhile. BudgetError where
+    slots or host memory do not suffice, CheckpointError where the disk fails; the store may be asked again after both.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        record_nbytes: int,
+        placement: Placement,
+        folder: Path | None = None,
+        lane: Lane | None = None,
+    ):
+        assert record_nbytes > 0 and record_nbytes % ALIGNMENT == 0, f"records of {record_nbytes} bytes"
+        placement.check()
+        self.device, self.record_nbytes, self.placement = device, record_nbytes, placement
+        lane = lane_for(device) if lane is None else lane
+        self._stats, self._filled = ExpertStats(), set[Key]()
+        self._sealed = self._closed = False
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
+            self._tiers = Tiers(lane, record_nbytes, placement, folder)
+            try:
+                self._bank = Bank(device, lane, self._tiers, placement, self._stats)
+            except BaseException:
+                self._tiers.close()
+                raise
+
+    @property
+    def device_nbytes(self) -> int:
+        """Device memory taken: resident experts, spare slots, one record of poison and the table."""
+        return self._bank.records.nbytes + self._bank.table.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        return self._tiers.host_nbytes
+
+    @property
+    def disk_nbytes(self) -> int:
+        return 0 if self._tiers.disk is None else self._tiers.disk.nbytes
+
+    @property
+    def stats(self) -> ExpertStats:
+        """What has been done so far, as a copy."""
+        self._stats.device_stall_s = self._bank.lane.stall_s()
+        if self._tiers.disk is not None:
+            self._stats.buffered_reads = self._tiers.disk.buffered
+        return self._stats.snapshot()
+
+    @property
+    def poison_address(self) -> int:
+        """What the table says of an expert that is not there: a record that gives NaN; 0 if all are resident."""
+        return self._bank.poison
+
+    def addresses(self, layer: int) -> Tensor:
+        """Where each expert lies, int64 [E] on the device, always in the same place."""
+        return self._bank.table[self._bank.rows[layer]]
+
+    def absent(self, layer: int, ids: Tensor) -> Tensor:
+        """Which of `ids`, on the device, were not there, bool of their shape: what was computed with them is NaN.
+
+        Nothing waits for the device: this answers for the work around it on the current stream.
+        """
+        return self.addresses(layer)[ids.long()] == (self.poison_address or -1)
+
+    def record(self, layer: int, expert: int) -> Tensor:
+        """The record of an expert that is resident, or required and not yet given up by `used`."""
+        bank, key = self._bank, (layer, expert)
+        if key not in bank.resident:
+            slot = bank.slots.find(key)
+            assert slot is not None and slot in bank.slots.held, f"expert {expert} of layer {layer} was not required"
+        return bank.view(key)
+
+    def put(self, layer: int, expert: int) -> Tensor:
+        """Where to write an expert's record, uint8 [record_nbytes] on the device, until `done` is called for it.
+
+        Those that are not resident are written to spare slots, so as many of them can be open at a time.
+        """
+        key = (layer, expert)
+        assert not self._sealed and key not in self._filled, f"expert {expert} of layer {layer} has been filled"
+        if not self._bank.is_here(key):
+            slot = self._bank.vacate()
+            self._bank.slots.give(slot, key)
+            self._bank.slots.held.add(slot)
+        return self._bank.view(key)
+
+    def done(self, layer: int, expert: int) -> None:
+        """Take over the record written to where `put` said; its copy to where it waits is only issued."""
+        key = (layer, expert)
+        if key not in self._bank.resident:
+            self._bank.save(key)
+        self._filled.add(key)
+
+    def seal(self) -> None:
+        """Wait until every record is where it waits; CheckpointError if some have not been filled."""
+        every = {(layer, expert) for layer in self.placement.layers for expert in range(self.placement.experts)}
+        missing = sorted(every - self._filled)
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(every)} experts were not filled, the first is expert {missing[0][1]} of layer "
+                f"{missing[0][0]}; load all layers"
+            )
+        self._tiers.seal()
+        self._bank.publish()
+        self._sealed = True
+
+    def require(self, layer: int, ids: Iterable[int]) -> None:
+        """Let the experts `ids` be there for the computing issued from now on, until `used`.
+
+        The host waits for the disk alone. BudgetError if more must come than there are slots; see `require_groups`.
+        """
+        self._advance()
+        wanted = _distinct(layer, ids)
+        hits = self._bank.count_hits(wanted)
+        self._bank.take(wanted)
+        self._count(wanted, hits)
+
+    def require_groups(self, layer: int, ids: Iterable[int]) -> Iterator[list[int]]:
+        """As `require`, in groups that fit one after the other: compute with a group, then ask for the next.
+
+        Those that are there come first; each of the others comes once, while the group before it is computed. `used`
+        is implied when the next group is asked for and when the iteration ends.
+        """
+        self._advance()
+        wanted = _distinct(layer, ids)
+        self._count(wanted, self._bank.count_hits(wanted))
+        here = [key for key in wanted if self._bank.is_here(key)]
+        rest = [key for key in wanted if not self._bank.is_here(key)]
+        size = max(1, self._bank.room // 2)  # the other half is for the group to come
+        groups = [here] if here else []
+        groups += [rest[first : first + size] for first in range(0, len(rest), size)]
+        for group, following in zip(groups, [*groups[1:], []], strict=True):
+            self._bank.take(group)
+            try:
+                self._bank.begin(following)
+                yield [expert for _, expert in group]
+            finally:
+                self.used(layer)
+
+    def used(self, layer: int) -> None:
+        """Give up what was required of a layer: all work that reads it has been issued."""
+        self._bank.release(layer)
+
+    def prefetch(self, layer: int, ids: Iterable[int]) -> None:
+        """Begin to bring experts that will probably be required, as far as there are slots that are not held."""
+        self._advance()
+        self._bank.begin(_distinct(layer, ids), predicted=True)
+
+    def close(self) -> None:
+        """Give back all memory and the file."""
+        if not self._closed:
+            self._closed = True
+            self._tiers.close()
+            self._bank.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _advance(self) -> None:
+        assert self._sealed and not self._closed, "a store is asked after it is sealed and before it is closed"
+        self._bank.advance()
+
+    def _count(self, wanted: list[Key], hits: int) -> None:
+        self._stats.hits += hits
+        self._stats.misses += len(wanted) - hits
+
+
+def _distinct(layer: int, ids: Iterable[int]) -> list[Key]:
+    return [(layer, expert) for expert in dict.fromkeys(ids)]
