@@ -1,73 +1,89 @@
-"""All 80 layers at their released size with random 4-bit weights, on as many GPUs as are named.
+"""All 80 layers at their released size with random 4-bit weights, within a budget of GPU memory.
 
-    python benchmarks/full_size.py --devices cuda:0,cuda:1 [--format nf4-dq] [--context 8192] [--batches 1,32]
+    python benchmarks/full_size.py --devices cuda:0,cuda:1 --name resident [--gpu-memory 228GB] [--routing zipf]
 
-First the logits of two layers, one on each device, must be those of the reference kernels.
+First the logits of two layers, the second on the last device, must be those of the reference kernels, and with half of
+the experts off the GPU they must be the same to the bit.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from minibble.quantize.builtin import builtin_config
+from minibble.quantize.sizes import parse_size
 from minibble.runtime.bench import full, gpu
-from minibble.runtime.bench.kernels import FORMATS
-from minibble.runtime.bench.layers import random_model, real_config
-from minibble.runtime.bench.whole import check_layers
+from minibble.runtime.bench.layers import real_config
+from minibble.runtime.bench.whole import check_layers, check_offloaded
+from minibble.runtime.device_bytes import ConfigSource
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the result: full_size_NAME_GPU.json")
     parser.add_argument("--devices", default="cuda:0")
-    parser.add_argument("--format", default="nf4-dq", choices=FORMATS)
+    parser.add_argument("--gpu-memory", type=parse_size, help="bytes on all GPUs, such as 228GB")
+    parser.add_argument("--host-memory", type=parse_size, help="bytes of host memory to pin at most")
+    parser.add_argument("--folder", type=Path, help="for experts that wait on disk")
+    parser.add_argument("--routing", default="uniform", help="uniform, zipf or both, separated by commas")
+    parser.add_argument("--format", default="nf4-dq")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--batches", default="1")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--chunks", default="2048,4096")
-    parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--prompt", type=int, default=8192)
+    parser.add_argument("--chunk", type=int)
+    parser.add_argument("--layers", type=int, help="fewer, to try it out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     devices = [gpu.the_gpu(name) for name in options.devices.split(",")]
-    result = measure(devices, options)
-    gpu.write_result(gpu.result_path(options.out, f"full_size_{len(devices)}x", result["hardware"][0]["gpu"]), result)
-
-
-def measure(devices: list[torch.device], options: argparse.Namespace) -> dict[str, Any]:
-    format = FORMATS[options.format]
+    result = {
+        "hardware": [gpu.hardware(device) for device in devices],
+        "versions": gpu.versions(),
+        "errors": gate(devices, options.format),
+        "runs": [],
+    }
     config = builtin_config("minimax-text-01")
-    if options.layers != 80:
-        config = real_config(tuple(int(i % 8 == 7) for i in range(options.layers)), vocab_size=200064)
-    L = config.num_hidden_layers
-    result: dict[str, Any] = {"hardware": [gpu.hardware(d) for d in devices], "versions": gpu.versions(), "layers": L}
-    result["errors"] = check_layers(real_config((0, 1)), format, [devices[0], devices[-1]])
+    if options.layers:
+        config = real_config(tuple(int(i % 8 == 7) for i in range(options.layers)), vocab_size=config.vocab_size)
+    for routing in options.routing.split(","):
+        run = full.Run(
+            format=options.format, gpu_memory=options.gpu_memory, host_memory=options.host_memory,
+            folder=options.folder, routing=routing, context=options.context, steps=options.steps,
+            batches=tuple(map(int, options.batches.split(","))), prompt=options.prompt, prefill_chunk=options.chunk,
+        )  # fmt: skip
+        result["runs"].append(full.measure(config, devices, run, lambda text: print(text, file=sys.stderr)))
+        path = gpu.result_path(options.out, f"full_size_{options.name}", result["hardware"][0]["gpu"])
+        gpu.write_result(path, result)  # after every run: what comes next may not fit
+        print(*lines(result["runs"][-1]), sep="\n", flush=True)
+
+
+def gate(devices: list[torch.device], format: str) -> dict[str, float]:
+    """Errors of two layers of the released size; WrongResult if they are too large."""
+    config = real_config((0, 1))
+    source = ConfigSource.of(config, format)
+    assert source.format is not None
+    errors = check_layers(config, source.format, [devices[0], devices[-1]])
+    check_offloaded(source, devices[-1])
     torch.cuda.empty_cache()
-    print(result["errors"])
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    started = perf_counter()
-    model = random_model(config, format, [devices[i * len(devices) // L] for i in range(L)])
-    for device in devices:
-        torch.cuda.synchronize(device)
-    result["load_s"] = perf_counter() - started
-    result["loaded"] = full.gpu_bytes(devices)
-    print(result["load_s"], result["loaded"])
-    result["prefill"], result["decode"] = [], []
-    with torch.inference_mode():
-        for batch in (int(b) for b in options.batches.split(",")):
-            row = full.decode_rate(model, batch, options.context if batch == 1 else 1024, options.steps)
-            result["decode"].append(row | {"memory": full.gpu_bytes(devices)})
-            print(json.dumps(result["decode"][-1]))
-        for chunk in (int(c) for c in options.chunks.split(",")):
-            model.prefill_chunk = chunk
-            result["prefill"].append(full.prefill_rate(model, 8192) | {"memory": full.gpu_bytes(devices)})
-            print(json.dumps(result["prefill"][-1]))
-    return result
+    return errors
+
+
+def lines(run: dict[str, Any]) -> list[str]:
+    """A run, for a log."""
+    plan = run["plan"]
+    text = [f"{run['routing']} routing, loaded in {run['load_s']:.0f} s: {plan['experts']} experts, host "
+            f"{plan['host_bytes'] / 1e9:.1f} GB, disk {plan['disk_bytes'] / 1e9:.1f} GB, expected hit rate "
+            f"{plan['expected_hit_rate']:.3f}, {plan['expected_decode_tokens_per_s']:.1f} tokens/s"]  # fmt: skip
+    for device, loaded in zip(plan["devices"], run["loaded"], strict=True):
+        planned, budget = device["total_bytes"] / 1e9, device["budget_bytes"] / 1e9
+        text.append(f"  {device['device']}: planned {planned:.2f} of {budget:.2f} GB; loaded {loaded}")
+    return text + [json.dumps(row) for row in (*run["decode"], run.get("prefill", {}))]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,7 @@ from minibble.quantize.sizes import decimal
 
 if TYPE_CHECKING:
     from minibble.runtime.generation import GenerationResult, Sampling
+    from minibble.runtime.placement import Placement
     from minibble.runtime.plan import MemoryPlan
 
 LEAVE = ("/exit", "/quit")
@@ -101,15 +101,15 @@ class Session:
     ):
         from minibble.runtime.loading import load
 
-        self.gpu_memory, self.sampling, self.max_new_tokens = gpu_memory, sampling, max_new_tokens
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
         started = time.perf_counter()
         reset_peaks()
         self.model = load(checkpoint, gpu_memory=gpu_memory, device=device, context=max_new_tokens)
         self.load_s = time.perf_counter() - started
 
-    def plan(self, tokens: int) -> "MemoryPlan":
+    def plan(self, tokens: int) -> "MemoryPlan | Placement":
         """What the model takes for a sequence of `tokens`; BudgetError if that is more than --gpu-memory."""
-        plan = replace(self.model.memory_plan(tokens), budget_bytes=self.gpu_memory)
+        plan = self.model.memory_plan(tokens)
         plan.check()
         return plan
 

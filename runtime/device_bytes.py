@@ -37,12 +37,13 @@ class ConfigSource:
     format: Format | None
 
     @classmethod
-    def of(cls, config: ModelConfig, name: str) -> "ConfigSource":
-        """`name` is one of `footprint.FORMAT_NAMES`; ConfigError for another."""
-        format, everything = format_named(name.removesuffix("-all")), name.endswith("-all")
-        roles = frozenset() if format is None else quantized_roles(everything, everything)
+    def of(cls, config: ModelConfig, format: str | Format) -> "ConfigSource":
+        """`format` may be one of `footprint.FORMAT_NAMES`; ConfigError for another name."""
+        everything = isinstance(format, str) and format.endswith("-all")
+        held = format_named(format.removesuffix("-all")) if isinstance(format, str) else format
+        roles = frozenset() if held is None else quantized_roles(everything, everything)
         specs = inventory(config)
-        return cls(config, specs, frozenset(spec.name for spec in specs if spec.role in roles), format)
+        return cls(config, specs, frozenset(spec.name for spec in specs if spec.role in roles), held)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Shares:
     layers: tuple[tuple[int, ...], ...]
     even: bool
     _sums: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _missing: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def total(self) -> int:
@@ -46,6 +47,25 @@ class Shares:
             merged = sorted(chain.from_iterable(self.layers[start:stop]), reverse=True)
             self._sums[start, stop] = tuple(accumulate(merged, initial=0))
         return self._sums[start, stop][number]
+
+    def most_missing(self, start: int, stop: int, number: int) -> int:
+        """The most experts of one of the layers that are not among the `number` hottest of all of them."""
+        experts = len(self.layers[0])
+        if self.even:
+            return experts - number // (stop - start)
+        if (start, stop) not in self._missing:
+            left, of_each = [experts] * (stop - start), [0] * experts + [stop - start]  # layers with so many left
+            most = [most_left := experts]
+            for layer, _ in self.hottest(start, stop):
+                before = left[layer - start]
+                left[layer - start] -= 1
+                of_each[before] -= 1
+                of_each[before - 1] += 1
+                while not of_each[most_left] and most_left:
+                    most_left -= 1
+                most.append(most_left)
+            self._missing[start, stop] = tuple(most)
+        return self._missing[start, stop][number]
 
 
 def shares_of(layers: int, experts: int, counts: Sequence[Sequence[int]] | None = None) -> Shares:

@@ -13,6 +13,7 @@ from minibble.runtime.rates import gpu_seconds
 from minibble.runtime.shares import Shares
 
 BLOCKS = 20  # stretches begin at multiples of a 20th of the layers, or where they are balanced
+POISON_RECORDS = 1  # what the table points to for an expert that is not there
 _SCALE = 1 << 32  # parts of a budget are whole numbers of 1/_SCALE: rounding must not depend on their size
 
 
@@ -31,14 +32,15 @@ class Split:
 class Splitter:
     """What a split is chosen by. `step_bytes[l]` are what a step reads up to layer l; `head_bytes` for the head.
 
-    A GPU that does not hold all experts of its layers needs `slots` to receive others in.
+    A GPU that does not hold all experts of its layers needs slots to receive others in: `least_slots`, and as many as
+    a layer misses, so that a prompt finds all of them at once.
     """
 
     gpus: tuple[Gpu, ...]
     demand: Demand
     shares: Shares
     experts: int
-    slots: int
+    least_slots: int
     step_bytes: tuple[float, ...]
     head_bytes: int
 
@@ -57,7 +59,18 @@ class Splitter:
 
     def least(self, start: int, stop: int) -> int:
         """The least bytes with which a GPU can work on these layers."""
-        return self.fixed(start, stop) + min(self.slots, (stop - start) * self.experts) * self.demand.model.record_bytes
+        return self.fixed(start, stop) + self.received(start, stop, 0) * self.demand.model.record_bytes
+
+    def slots(self, start: int, stop: int, resident: int) -> int:
+        """How many slots a GPU needs that holds so many of the experts of these layers."""
+        if resident == (stop - start) * self.experts:
+            return 0
+        return max(self.least_slots, self.shares.most_missing(start, stop, resident))
+
+    def received(self, start: int, stop: int, resident: int) -> int:
+        """Records beside the resident ones: the slots, and one that says that an expert is not there."""
+        slots = self.slots(start, stop, resident)
+        return slots + POISON_RECORDS if slots else 0
 
     def most(self, start: int, stop: int) -> int:
         """Bytes of a GPU with these layers and all of their experts."""
@@ -68,11 +81,18 @@ class Splitter:
         return (budget - self.fixed(start, stop)) // self.demand.model.record_bytes
 
     def resident(self, start: int, stop: int, room: int) -> int | None:
-        """How many experts stay on a GPU with so much room; None if it cannot work on these layers."""
+        """How many experts stay on a GPU with room for so many; None if it cannot work on these layers."""
         everything = (stop - start) * self.experts
         if room >= everything:
             return everything
-        return room - self.slots if room >= self.slots else None
+        if room < self.received(start, stop, 0):
+            return None
+        low, high = 0, everything  # one more resident is at most one slot less: what is needed never shrinks
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = middle + self.received(start, stop, middle) <= room
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
     def held(self, start: int, stop: int, budget: int) -> int | None:
         """The shares of what stays on a GPU of `budget`; None if it cannot work on these layers."""
@@ -80,9 +100,12 @@ class Splitter:
         return None if resident is None else self.shares.mass(start, stop, resident)
 
     def balanced(self, number: int) -> tuple[int, ...]:
-        """Bounds for the first `number` GPUs such that all take about the same time, whatever the budgets."""
+        """Bounds for the first `number` GPUs such that all take about the same time, whatever the budgets.
+
+        Only the pieces of a prompt go through several GPUs at once, and the head is for its last token alone.
+        """
         speeds = [1 / self.seconds(gpu, 0, self.layers) for gpu in range(number)]
-        whole = self.step_bytes[-1] + self.head_bytes
+        whole = self.step_bytes[-1]
         bounds, share = [0], 0.0
         for gpu in range(number - 1):
             share += speeds[gpu] / sum(speeds[:number])

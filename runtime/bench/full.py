@@ -1,10 +1,13 @@
-"""The whole model at its released size with random weights: what it takes, and how many tokens a second it gives.
+"""The whole model with random weights, placed as a plan says: what it takes, and how many tokens a second it gives.
 
 Rates come from the model's own `forward` and `generate()`, Python and sampling included. Tokens are sampled from
 nearly uniform logits, so that every one goes its own way through the experts.
 """
 
+import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -13,13 +16,102 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from minibble.runtime.bench.layers import random_state
+from minibble.quantize.config import ModelConfig
+from minibble.quantize.errors import BudgetError
+from minibble.runtime.bench import routing
+from minibble.runtime.bench.layers import fill_randomly, random_state
+from minibble.runtime.device_bytes import ConfigSource
+from minibble.runtime.devices import gpu_bytes, this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.placement import Placement, plan_placement
+from minibble.runtime.unfilled import Unfilled
 
 REPEATS = 3  # of a prefill
 WARM_STEPS = 8  # of decoding that are not timed: the first runs launch by launch, the second captures
+COUNTED = 1_000_000  # tokens of a calibration that would have found the shares of `routing.zipf_shares`
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked for: `context` tokens before those decoded, for each number of sequences in `batches`."""
+
+    format: str = "nf4-dq"
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+    folder: Path | None = None
+    routing: str = "uniform"
+    context: int = 8192
+    batches: tuple[int, ...] = (1,)
+    steps: int = 64
+    prompt: int = 8192  # tokens; 0 for none
+    prefill_chunk: int | None = None
+
+
+def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, progress: Progress) -> dict[str, Any]:
+    """The plan, what loading took, and for every number of sequences and for a prompt: rates and bytes.
+
+    Batches that the plan has no memory for are named as such.
+    """
+    source = ConfigSource.of(config, run.format)
+    lengths, counts = _routing(config, run.routing)
+    placement = plan_placement(
+        source, this_machine(devices, run.host_memory, run.folder), context=run.context, gpu_memory=run.gpu_memory,
+        counts=counts, prefill_chunk=run.prefill_chunk,
+    )  # fmt: skip
+    used = [torch.device(plan.device) for plan in placement.devices]
+    progress(f"placing {sum(map(len, placement.resident))} of {config.num_hidden_layers * config.num_experts} experts")
+    gc.collect()  # a model of an earlier run may hang on cycles
+    torch.cuda.empty_cache()
+    for device in used:
+        torch.cuda.reset_peak_memory_stats(device)
+    started = perf_counter()
+    unfilled = Unfilled.placed(source, placement, run.folder)
+    try:
+        model = fill_randomly(unfilled, logits_LE=lengths)
+        _synchronize(model)
+        result: dict[str, Any] = {
+            "plan": placement.to_json(), "routing": run.routing, "load_s": perf_counter() - started,
+            "loaded": [gpu_bytes(device) for device in used], "decode": [],
+        }  # fmt: skip
+        with torch.inference_mode():
+            for batch in run.batches:
+                progress(f"decoding {batch} × {run.steps} tokens")
+                result["decode"].append(_decode(model, placement, source, batch, run))
+            if run.prompt:
+                progress(f"a prompt of {run.prompt} tokens")
+                result["prefill"] = prefill_rate(model, run.prompt) | {"memory": [gpu_bytes(d) for d in used]}
+    finally:
+        unfilled.close()
+    return result
+
+
+def _routing(config: ModelConfig, law: str) -> tuple[Tensor | None, list[list[int]] | None]:
+    """Standard deviations of the routers' logits [L, E], and the counts that a calibration would have given."""
+    if law == "uniform":
+        return None, None
+    L, E, A = config.num_hidden_layers, config.num_experts, config.experts_per_token
+    ranks = routing.ranks(L, E)
+    counts = (COUNTED * routing.zipf_shares(E, A)).long()[ranks].tolist()
+    return routing.row_lengths(E, A)[ranks], counts
+
+
+def _decode(
+    model: MiniMaxForCausalLM, placement: Placement, source: ConfigSource, batch: int, run: Run
+) -> dict[str, Any]:
+    resized = placement.resized(source, run.context + run.steps + WARM_STEPS, batch)
+    try:
+        resized.check()
+    except BudgetError as error:
+        return {"batch": batch, "context": run.context, "refused": str(error)}
+    before = [store.stats for store in model.stores]
+    found = decode_rate(model, batch, run.context, run.steps)
+    used = [torch.device(plan.device) for plan in placement.devices]
+    found["memory"] = [gpu_bytes(device) for device in used]
+    found["experts"] = [store.stats.since(old).to_json() for store, old in zip(model.stores, before, strict=True)]
+    found["predicted_bytes"] = [plan.total_bytes for plan in resized.devices]
+    return found
 
 
 class Clock(BaseStreamer):
@@ -72,20 +164,6 @@ def decode_rate(model: MiniMaxForCausalLM, batch: int, context: int, steps: int)
         "distinct_tokens": int(out[:, context + 1 :].unique().numel()),
         "decode_path": {way: count for way, count in path.items() if count},
     }
-
-
-def gpu_bytes(devices: Sequence[torch.device]) -> list[dict[str, Any]]:
-    """Of each GPU: bytes in use as the driver counts them, and the most that torch's allocator held and gave out."""
-    found = []
-    for device in devices:
-        free, total = torch.cuda.mem_get_info(device)
-        found.append({
-            "device": str(device),
-            "driver_bytes": total - free,
-            "reserved_bytes": torch.cuda.max_memory_reserved(device),
-            "allocated_bytes": torch.cuda.max_memory_allocated(device),
-        })  # fmt: skip
-    return found
 
 
 def _random_ids(model: MiniMaxForCausalLM, batch: int, tokens: int) -> Tensor:

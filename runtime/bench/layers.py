@@ -1,7 +1,6 @@
 """Layers of the released size with random 4-bit weights, made on the GPU: no file of this size is needed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,13 +8,14 @@ from torch import Tensor
 from minibble.quantize.builtin import BUILTIN
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.formats import Format
-from minibble.quantize.inventory import TensorSpec, inventory, quantized_roles
+from minibble.quantize.inventory import TensorSpec, quantized_roles
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
+from minibble.runtime.device_bytes import ConfigSource
 from minibble.runtime.layout import by_module
-from minibble.runtime.loading import device_of, expert_tables, fill
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.state import HybridState
+from minibble.runtime.unfilled import Unfilled
 
 PATTERN = (0, 0, 0, 0, 0, 0, 0, 1)  # of the released model: seven lightning layers, then a softmax layer
 VOCABULARY = 512  # embedding and head are no part of what is measured
@@ -33,20 +33,6 @@ def real_config(pattern: tuple[int, ...] = PATTERN, **overrides: object) -> Mode
     return ModelConfig.from_dict(raw | overrides)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What loading asks of a checkpoint before it reads any tensor."""
-
-    config: ModelConfig
-    inventory: tuple[TensorSpec, ...]
-    format: Format
-
-    @property
-    def quantized(self) -> frozenset[str]:
-        """Names of the 4-bit matrices."""
-        return frozenset(spec.name for spec in self.inventory if spec.role in quantized_roles())
-
-
 def random_model(
     config: ModelConfig, format: Format, devices: torch.device | Sequence[torch.device], seed: int = 0
 ) -> MiniMaxForCausalLM:
@@ -54,18 +40,27 @@ def random_model(
 
     `devices` are those of the layers, or the one of all.
     """
-    if isinstance(devices, torch.device):
-        devices = [devices] * config.num_hidden_layers
-    model = MiniMaxForCausalLM(config, torch.bfloat16)
-    generators = {device: generator_on(device, seed) for device in devices}
-    source = _Source(config, inventory(config), format)
+    return fill_randomly(Unfilled.on(ConfigSource.of(config, format), devices), seed)
+
+
+def fill_randomly(unfilled: Unfilled, seed: int = 0, logits_LE: Tensor | None = None) -> MiniMaxForCausalLM:
+    """The model with random weights on the devices where they go.
+
+    `logits_LE` are the standard deviations of the routers' logits, 1 by default.
+    """
+    source = unfilled.source
+    assert source.format is not None
+    generators = {device: generator_on(device, seed) for device in unfilled.devices}
     specs = {spec.name: spec for spec in source.inventory}
-    tables = expert_tables(model, source, devices)
-    for module, names in by_module(config):
+    for module, names in by_module(source.config):
         chosen = [specs[name] for name in names]
-        device = device_of(chosen[0], devices)
-        fill(model, module, chosen, [_part(s, format, device, generators[device]) for s in chosen], device, tables)
-    return model.eval().requires_grad_(False)  # type: ignore[return-value]
+        device = unfilled.device_of(chosen[0])
+        parts = [_part(s, source.format, device, generators[device]) for s in chosen]
+        if chosen[0].role == "router" and logits_LE is not None:
+            assert chosen[0].layer is not None and isinstance(parts[0], Tensor)
+            parts[0] = parts[0] * logits_LE[chosen[0].layer].to(parts[0])[:, None]
+        unfilled.fill(module, chosen, parts)
+    return unfilled.filled()
 
 
 def _part(spec: TensorSpec, format: Format, device: torch.device, generator: torch.Generator) -> Part:

@@ -12,10 +12,14 @@ from minibble.quantize.config import ModelConfig
 from minibble.quantize.formats import Format
 from minibble.runtime.bench.check import WrongResult, kernels
 from minibble.runtime.bench.gpu import poisoned
-from minibble.runtime.bench.layers import random_model
+from minibble.runtime.bench.layers import fill_randomly, random_model
 from minibble.runtime.decode import Inputs, decode_step
+from minibble.runtime.device_bytes import ConfigSource
+from minibble.runtime.devices import this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.placement import plan_placement
 from minibble.runtime.state import HybridState
+from minibble.runtime.unfilled import Unfilled
 
 BOUND = 2e-2  # relative error of a token's logits after two layers whose activations are bfloat16 on both sides
 OTHER_EXPERTS = 0.1  # share of tokens that rounding may send to other experts, which makes their logits others
@@ -44,6 +48,38 @@ def check_layers(
         "prefill": _error("prefill", found[:, :T], expected[:, :T]),
         "decode": _error("decode", found[:, T:], expected[:, T:]),
     }
+
+
+def check_offloaded(source: ConfigSource, device: torch.device, tokens: tuple[int, int] = (700, 12)) -> None:
+    """WrongResult unless logits are the same to the bit with half of the experts off the GPU.
+
+    Those of a prompt, and of tokens after it that go through graphs once these are captured.
+    """
+    machine, (T, steps) = this_machine([device]), tokens
+    whole = plan_placement(source, machine, context=T + steps)
+    less = whole.record_bytes * sum(map(len, whole.resident)) // 2
+    some = plan_placement(source, machine, context=T + steps, gpu_memory=whole.total_bytes - less)
+    assert not whole.devices[0].slots and some.devices[0].slots, "nothing is off the GPU"
+    ids = torch.randint(source.config.vocab_size, (3, T + steps), generator=torch.Generator().manual_seed(1))
+    found = [_followed(Unfilled.placed(source, placement), ids.to(device), T) for placement in (whole, some)]
+    if not torch.equal(*found):
+        off = (found[0] != found[1]).any(dim=-1).float().mean()
+        raise WrongResult(f"with experts off the GPU the logits of {off:.0%} of the tokens are others")
+
+
+def _followed(unfilled: Unfilled, ids: Tensor, prompt: int) -> Tensor:
+    """Logits of the last tokens of a prompt, and of those that follow one by one."""
+    try:
+        model = fill_randomly(unfilled)
+        state = HybridState(model.minibble, reserve=ids.shape[1])
+        with torch.inference_mode():
+            logits = [model(ids[:, :prompt], past_key_values=state, logits_to_keep=64).logits]
+            logits += [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(prompt, ids.shape[1])]
+        path = model.decode_path()
+        assert path.get("graph", 0) > path.get("eager", 0), f"steps went another way: {path}"
+        return torch.cat(logits, dim=1)
+    finally:
+        unfilled.close()
 
 
 def _logits(model: MiniMaxForCausalLM, ids: Tensor, fused: bool) -> Tensor:

@@ -136,6 +136,10 @@ class Bank:
                 self._of[slot].read = mark
                 self.slots.held.discard(slot)
 
+    def held_layers(self) -> set[int]:
+        """The layers of which something is held."""
+        return {key[0] for slot in self.slots.held if (key := self.slots.keys[slot]) is not None}
+
     def vacate(self, keep: Set[int] = frozenset()) -> int:
         """A free slot, for which the least recently used expert may have to go."""
         slot = self.slots.victim(keep)

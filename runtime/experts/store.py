@@ -163,6 +163,11 @@ class ExpertStore:
         """Give up what was required of a layer: all work that reads it has been issued."""
         self._bank.release(layer)
 
+    def used_all(self) -> None:
+        """Give up everything that was required."""
+        for layer in self._bank.held_layers():
+            self.used(layer)
+
     def prefetch(self, layer: int, ids: Iterable[int]) -> None:
         """Begin to bring experts that will probably be required, as far as there are slots that are not held."""
         self._advance()

@@ -72,7 +72,7 @@ def _check_sums(placement: Placement, source: ConfigSource) -> None:
     assert total["weights_bytes"] == weights - LAYERS * EXPERTS * placement.record_bytes
     assert total["kv_cache_bytes"] == kv_cache_bytes(config, context, batch)
     assert total["state_bytes"] == state_bytes(config, batch)
-    held = sum(map(len, placement.resident)) + sum(device.slots for device in placement.devices)
+    held = sum(map(len, placement.resident)) + sum(device.slots + bool(device.slots) for device in placement.devices)
     assert total["experts_bytes"] == held * placement.record_bytes
 
 
