@@ -40,9 +40,11 @@ class Bank:
         self.resident = {key: place for place, key in enumerate(keys(placement.resident))}
         self.slots = Slots(placement.spare)
         self._of = [_Slot() for _ in range(placement.spare)]
-        count = len(self.resident) + placement.spare + bool(placement.offloaded)
-        self.records = torch.empty(count, tiers.record_nbytes, dtype=torch.uint8, device=device)
+        self._told: dict[Key, int] = {}  # addresses in the table but for residents' and the poison's
+        self.records = torch.empty(placement.records, tiers.record_nbytes, dtype=torch.uint8, device=device)
         lane.begin(self.records)
+        first, step = self.records.data_ptr() + len(self.resident) * self.records.stride(0), self.records.stride(0)
+        self._addresses = range(first, first + placement.spare * step, step)
         self.poison = self.records[-1].fill_(_POISON).data_ptr() if placement.offloaded else 0
         self._entries = torch.full((len(self.rows), placement.experts), self.poison, dtype=torch.int64)
         for (layer, expert), place in self.resident.items():
@@ -156,7 +158,7 @@ class Bank:
         for transfer in self.tiers.arrived():
             slot = self.slots.find(transfer.key)
             if slot is None or self._of[slot].incoming is not transfer:
-                transfer.wanted = False  # begun by a call that was interrupted
+                transfer.wanted = False  # its expert was forgotten meanwhile
             else:
                 self._arrive(slot, transfer)
 
@@ -225,8 +227,6 @@ class Bank:
         own, key = self._of[slot], self.slots.keys[slot]
         assert key is not None
         self._set(key, None)
-        if own.incoming is not None:
-            own.incoming.wanted = False
         own.incoming = own.ready = None
         self.slots.drop(slot)
 
@@ -246,8 +246,8 @@ class Bank:
 
     def _set(self, key: Key, slot: int | None) -> None:
         """Let the table's next version say where `key` is."""
-        address = self.poison if slot is None else self._spare(slot).data_ptr()
-        row, expert = self.rows[key[0]], key[1]
-        if int(self._entries[row, expert]) != address:
-            self._entries[row, expert] = address
+        address = self.poison if slot is None else self._addresses[slot]
+        if self._told.get(key, self.poison) != address:
+            self._told[key] = address
+            self._entries[self.rows[key[0]], key[1]] = address
             self._changed = True

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 Mark = Any  # a torch.cuda.Event, or None for what has long happened
 
-_RING = 16  # tables on their way; a step has few that change anything
+_RING = 64  # tables on their way; only a host so many requests ahead of the device must wait for it
 _TIMED = 256  # waits whose times are not read yet
 
 

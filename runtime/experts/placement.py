@@ -48,6 +48,15 @@ class Placement:
             )
 
     @property
+    def records(self) -> int:
+        """Records on the device: residents, spare slots, and the poison that stands for all that are not there."""
+        return sum(map(len, self.resident.values())) + self.spare + bool(self.offloaded)
+
+    def device_nbytes(self, record_nbytes: int) -> int:
+        """Device memory that a store takes: records, and the table of their addresses."""
+        return self.records * record_nbytes + len(self.layers) * self.experts * 8
+
+    @property
     def offloaded(self) -> int:
         """Experts that are not resident."""
         return sum(len(ids) for tier in (self.pinned, self.disk) for ids in tier.values())

@@ -1,7 +1,7 @@
 """Which expert lies in which spare slot, and which of them is the next to go: bookkeeping without any memory."""
 
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import KeysView, Set
 
 from minibble.runtime.experts.placement import Key
 
@@ -19,8 +19,9 @@ class Slots:
         return len(self.keys)
 
     @property
-    def present(self) -> list[Key]:
-        return list(self._where)
+    def present(self) -> KeysView[Key]:
+        """The experts that have a slot."""
+        return self._where.keys()
 
     def find(self, key: Key) -> int | None:
         """The slot of an expert."""
@@ -32,8 +33,11 @@ class Slots:
 
     def victim(self, keep: Set[int] = frozenset()) -> int | None:
         """A free slot, else the one used least recently, never one that is held or in `keep`; None if there is none."""
-        open = [slot for slot in self._order if slot not in self.held and slot not in keep]
-        return next((slot for slot in open if self.keys[slot] is None), open[0] if open else None)
+        full = len(self._where) == len(self.keys)
+        for slot in self._order:
+            if (full or self.keys[slot] is None) and slot not in self.held and slot not in keep:
+                return slot
+        return None
 
     def give(self, slot: int, key: Key) -> None:
         """Let a free slot be that of `key`."""

@@ -6,6 +6,7 @@ Each fault is told by name, and what is asked for afterwards is right.
 import contextlib
 import errno
 import fcntl
+import itertools
 import operator
 import os
 import shutil
@@ -47,12 +48,12 @@ def check_all(store: ExpertStore) -> None:
     assert not store._bank.slots.held
 
 
-def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, fault: Callable[..., Any]) -> list[int]:
-    """Let the next call of `os.name` by the store go to `fault`; returns what counts the faults."""
-    right, faults = getattr(os, name), []
+def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, fault: Callable[..., Any], after: int = 0) -> list[int]:
+    """Let a call of `os.name` by the store, the one after `after` others, go to `fault`; returns what counts these."""
+    right, faults, calls = getattr(os, name), [], itertools.count()
 
     def call(*arguments: Any) -> Any:
-        if faults:
+        if next(calls) != after:
             return right(*arguments)
         faults.append(1)
         return fault(*arguments)
@@ -97,12 +98,24 @@ def test_a_failing_read_of_a_prefetch_is_tried_again(store: ExpertStore, monkeyp
     check_all(store)
 
 
-def test_a_read_in_parts(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal may end a read early; it goes on where it stopped."""
-    monkeypatch.setattr(disk, "PIECE_NBYTES", 1 << 20)
-    right = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: right(fd, [into[0][:4096]], at))
-    check_all(store)
+@pytest.mark.parametrize("most", [4096, 9999])
+def test_moved_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A signal may end a read or write early; it goes on from the last whole page, as direct access demands."""
+    read, write = os.preadv, os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, at: write(fd, [data[0][:8192]], at))
+
+    def part(fd: int, into: list[memoryview], at: int) -> int:
+        return min(read(fd, into, at), most)
+
+    monkeypatch.setattr(os, "preadv", part)
+    with make(ON_DISK, tmp_path, nbytes=256 * 99) as store:
+        tier = store._tiers.disk
+        assert tier is not None
+        direct = tier.direct
+        check_all(store)
+        assert tier.direct == direct
+        assert store._tiers.disk is not None
+        assert store.stats.buffered_reads == 0
 
 
 def test_a_changed_byte_is_seen(store: ExpertStore) -> None:
@@ -152,9 +165,13 @@ def test_a_removed_file_is_seen(tmp_path: Path) -> None:
             store.require(0, [1])
 
 
-def test_a_failing_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_once(monkeypatch, "pwritev", broken(errno.ENOSPC))
-    with pytest.raises(CheckpointError, match="expert 1 of layer 0: No space left on device"):
+@pytest.mark.parametrize("after", [0, 5, 9])
+def test_a_failing_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The first of ten records, one in between, and the last, when nothing is written after it."""
+    fail_once(monkeypatch, "pwritev", broken(errno.ENOSPC), after)
+    monkeypatch.setattr(disk, "THREADS", 1)
+    where = f"expert {1 + after % 5} of layer {after // 5}"
+    with pytest.raises(CheckpointError, match=f"{where}: No space left on device"):
         make(ON_DISK, tmp_path)
 
 
@@ -212,11 +229,13 @@ class Refusing(HostLane):
     """Pins so many pieces of memory and no more."""
 
     def __init__(self, pieces: int):
-        self.left = pieces
+        self.left = self.pieces = pieces
+        self.refused = 0
         self.pinned: set[int] = set()
 
     def pin(self, memory: torch.Tensor) -> str | None:
         if not self.left:
+            self.refused += 1
             return "refused here"
         self.left -= 1
         self.pinned.add(memory.data_ptr())
@@ -240,6 +259,7 @@ def test_pinning_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces
     expected = [] if pieces == 5 else [f"{10 - 2 * pieces} experts wait in {where}"]
     assert [str(w.message).split(": ")[-1] for w in caught] == expected
     assert all(str(w.message).startswith(text) and "refused here" in str(w.message) for w in caught)
+    assert lane.refused <= 1 + 4 * has_disk, "asked on after a refusal"
     assert len(lane.pinned) == pieces and (store.disk_nbytes > 0) == (has_disk and pieces < 5)
     check_all(store)
     store.close()

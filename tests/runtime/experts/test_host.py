@@ -1,6 +1,8 @@
 """Host memory in pieces, and the count of what is available."""
 
 import gc
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,16 @@ def test_memory_that_runs_out_between_pieces(monkeypatch: pytest.MonkeyPatch) ->
     memory = HostRecords(Counting(), 4096, 9)
     assert len(memory.records) == 3 and memory.short == "no more host memory is available"
     memory.close()
+
+
+def test_pages_that_are_not_counted_yet_are_taken_into_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_nbytes", lambda: host.MARGIN_NBYTES + 10_000)
+    touched: Future[int] = Future()
+    window = deque([(torch.empty(4_000, dtype=torch.uint8), [touched])])
+    assert host._fits(10_000, deque()) and not host._fits(10_001, deque())
+    assert host._fits(6_000, window) and not host._fits(6_001, window)
+    touched.set_result(0)
+    assert host._fits(10_000, window) and not host._fits(10_001, window)
 
 
 def test_available_memory_obeys_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

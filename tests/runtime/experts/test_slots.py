@@ -6,7 +6,11 @@ from hypothesis import strategies as st
 from minibble.runtime.experts.placement import Key
 from minibble.runtime.experts.slots import Slots
 
-OPS = st.lists(st.tuples(st.sampled_from(["give", "touch", "drop", "hold", "free"]), st.integers(0, 9)), max_size=60)
+OPS = st.lists(
+    st.tuples(st.sampled_from(["give", "give", "give", "touch", "drop", "hold", "free"]), st.integers(0, 5)),
+    min_size=20,
+    max_size=60,
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -32,7 +32,7 @@ def test_every_expert_comes_back_byte_for_byte(tmp_path: Path) -> None:
 
 def test_memory_is_what_was_planned(tmp_path: Path) -> None:
     with make(MIXED, tmp_path) as store:
-        assert store.device_nbytes == (3 * 2 + 4 + 1) * RECORD + 3 * 8 * 8
+        assert store.device_nbytes == (3 * 2 + 4 + 1) * RECORD + 3 * 8 * 8 == MIXED.device_nbytes(RECORD)
         assert store.host_nbytes == 3 * 3 * RECORD + 4 * 4096
         assert store.disk_nbytes == 3 * 3 * 4096
         (file,) = tmp_path.iterdir()
@@ -42,7 +42,8 @@ def test_memory_is_what_was_planned(tmp_path: Path) -> None:
 def test_all_resident_needs_nothing_else() -> None:
     where = placement(layers=2, resident=4, pinned=0, disk=0, spare=0)
     with make(where) as store:
-        assert store.device_nbytes == 8 * RECORD + 2 * 4 * 8 and store.host_nbytes == 0 and not store.poison_address
+        assert store.device_nbytes == 8 * RECORD + 2 * 4 * 8 == where.device_nbytes(RECORD)
+        assert store.host_nbytes == 0 and not store.poison_address
         store.require(1, [3, 0])
         check_required(store, 1, [3, 0])
         assert not store.absent(1, torch.tensor([[3, 0]])).any()
@@ -139,6 +140,25 @@ def test_prefetch_is_counted_and_serves(tmp_path: Path) -> None:
         since = store.stats.since(before)
         assert (since.hits, since.misses, since.predicted_right) == (3, 1, 1)
         assert since.to_json()["hit_rate"] == 0.75
+
+
+def test_a_wrong_guess_is_never_counted_as_right() -> None:
+    with make(placement(layers=1, resident=0, pinned=4, disk=0, spare=1)) as store:
+        store.prefetch(0, [1])
+        for expert in (2, 2, 1, 1):
+            store.require(0, [expert])
+            store.used(0)
+        assert (store.stats.prefetched, store.stats.predicted_right) == (1, 0)
+
+
+def test_the_next_group_comes_while_one_is_computed() -> None:
+    with make(placement(layers=2, resident=2, pinned=6, disk=0, spare=4)) as store:
+        store.require(1, [2, 3, 4, 5])
+        store.used(1)
+        coming = []
+        for group in store.require_groups(0, range(8)):
+            coming.append([e for e in range(2, 8) if e not in group and store._bank.is_here((0, e))])
+        assert coming == [[2, 3], [4, 5], [6, 7], [4, 5]]
 
 
 def test_the_least_recently_used_goes() -> None:
