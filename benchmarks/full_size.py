@@ -2,24 +2,19 @@
 
     python benchmarks/full_size.py --devices cuda:0,cuda:1 --name resident [--gpu-memory 228GB] [--routing zipf]
 
-First the logits of two layers, the second on the last device, must be those of the reference kernels, and with half of
-the experts off the GPU they must be the same to the bit.
+First the logits of two layers, the second on the last device, must be those of the reference kernels, and with a
+third of the experts off the GPU they must be the same to the bit.
 """
 
 import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from minibble.quantize.builtin import builtin_config
 from minibble.quantize.sizes import parse_size
-from minibble.runtime.bench import full, gpu
+from minibble.runtime.bench import full, gpu, tables
 from minibble.runtime.bench.layers import real_config
-from minibble.runtime.bench.whole import check_layers, check_offloaded
-from minibble.runtime.device_bytes import ConfigSource
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,11 +36,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
+    say = partial(print, file=sys.stderr)
     devices = [gpu.the_gpu(name) for name in options.devices.split(",")]
     result = {
         "hardware": [gpu.hardware(device) for device in devices],
         "versions": gpu.versions(),
-        "errors": gate(devices, options.format),
+        "errors": full.gate(devices, options.format, say),
         "runs": [],
     }
     config = builtin_config("minimax-text-01")
@@ -57,33 +53,10 @@ def main() -> None:
             folder=options.folder, routing=routing, context=options.context, steps=options.steps,
             batches=tuple(map(int, options.batches.split(","))), prompt=options.prompt, prefill_chunk=options.chunk,
         )  # fmt: skip
-        result["runs"].append(full.measure(config, devices, run, lambda text: print(text, file=sys.stderr)))
+        result["runs"].append(full.measure(config, devices, run, say))
         path = gpu.result_path(options.out, f"full_size_{options.name}", result["hardware"][0]["gpu"])
         gpu.write_result(path, result)  # after every run: what comes next may not fit
-        print(*lines(result["runs"][-1]), sep="\n", flush=True)
-
-
-def gate(devices: list[torch.device], format: str) -> dict[str, float]:
-    """Errors of two layers of the released size; WrongResult if they are too large."""
-    config = real_config((0, 1))
-    source = ConfigSource.of(config, format)
-    assert source.format is not None
-    errors = check_layers(config, source.format, [devices[0], devices[-1]])
-    check_offloaded(source, devices[-1])
-    torch.cuda.empty_cache()
-    return errors
-
-
-def lines(run: dict[str, Any]) -> list[str]:
-    """A run, for a log."""
-    plan = run["plan"]
-    text = [f"{run['routing']} routing, loaded in {run['load_s']:.0f} s: {plan['experts']} experts, host "
-            f"{plan['host_bytes'] / 1e9:.1f} GB, disk {plan['disk_bytes'] / 1e9:.1f} GB, expected hit rate "
-            f"{plan['expected_hit_rate']:.3f}, {plan['expected_decode_tokens_per_s']:.1f} tokens/s"]  # fmt: skip
-    for device, loaded in zip(plan["devices"], run["loaded"], strict=True):
-        planned, budget = device["total_bytes"] / 1e9, device["budget_bytes"] / 1e9
-        text.append(f"  {device['device']}: planned {planned:.2f} of {budget:.2f} GB; loaded {loaded}")
-    return text + [json.dumps(row) for row in (*run["decode"], run.get("prefill", {}))]
+        print(*tables.whole(result["runs"][-1]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class Commands(click.Group):
             _tell(ctx, error, f"error: {describe(error)}")
             ctx.exit(FAILED)
         except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, and torch may not have been imported
+                remedy = "allow less with --gpu-memory, plan for less --context, or end what else uses the GPU"
+                _tell(ctx, error, f"error: out of GPU memory ({describe(error)}); {remedy}")
+                ctx.exit(FAILED)
             hint = "run again with --debug for the traceback"
             _tell(ctx, error, f"error: {type(error).__name__}: {describe(error)} ({hint})")
             ctx.exit(FAILED)

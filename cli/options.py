@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import click
@@ -104,3 +105,27 @@ def device_option(command: F) -> F:
         metavar="D",
         help="Device to work on, such as cpu, cuda or cuda:1.  [default: a GPU if there is one]",
     )(command)
+
+
+def memory_options(command: F) -> F:
+    """`--gpu-memory`, `--host-memory` and `--offload-folder`: what a model may take, and where the rest waits."""
+    options = (
+        click.option(
+            "--gpu-memory", type=SIZE, metavar="SIZE", help="Most memory to take on all GPUs.  [default: what is free]"
+        ),
+        click.option(
+            "--host-memory",
+            type=SIZE,
+            metavar="SIZE",
+            help="Most host memory to pin for experts that do not fit.  [default: what is free]",
+        ),
+        click.option(
+            "--offload-folder",
+            type=click.Path(file_okay=False, exists=True, path_type=Path),
+            metavar="DIR",
+            help="Folder for experts that fit neither there; they are read from it again and again.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -2,13 +2,14 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from minibble.cli.options import SIZE, device_option, json_option
-from minibble.cli.output import duration, emit_json, note
-from minibble.quantize.sizes import decimal
+from minibble.cli import run_stats
+from minibble.cli.options import Count, json_option, memory_options
+from minibble.cli.output import ProgressLine, emit_json, note
 
 if TYPE_CHECKING:
     from minibble.runtime.generation import GenerationResult, Sampling
@@ -40,8 +41,18 @@ LEAVE = ("/exit", "/quit")
 )
 @click.option("--top-k", metavar="K", type=click.IntRange(0), default=0, help="Sample from the K likeliest tokens.")
 @click.option("--seed", metavar="S", type=int, help="Makes sampling repeatable.")
-@click.option("--gpu-memory", type=SIZE, metavar="SIZE", help="Most memory to take on each GPU.")
-@device_option
+@memory_options
+@click.option(
+    "--device",
+    metavar="D[,D...]",
+    help="Device to run on, such as cpu or cuda:1, or GPUs that share the layers.  [default: a GPU if there is one]",
+)
+@click.option(
+    "--context",
+    type=Count(1),
+    metavar="N",
+    help="Tokens to plan memory for, such as 128k.  [default: prompt and new tokens; 4096 for a chat on GPUs]",
+)
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("--stats", is_flag=True, help="Say on stderr how fast it was and what it took.")
 @json_option
@@ -53,7 +64,10 @@ def command(
     chat: bool,
     max_new_tokens: int,
     gpu_memory: int | None,
+    host_memory: int | None,
+    offload_folder: Path | None,
     device: str | None,
+    context: int | None,
     echo: bool,
     stats: bool,
     as_json: bool,
@@ -69,7 +83,8 @@ def command(
         prompt = _prompt(ctx, prompt)
     from minibble.runtime.generation import Sampling
 
-    session = Session(checkpoint, gpu_memory, device, Sampling(**sampling), max_new_tokens)
+    memory = {"gpu_memory": gpu_memory, "host_memory": host_memory, "offload_folder": offload_folder}
+    session = Session(checkpoint, memory, device, Sampling(**sampling), max_new_tokens, context, prompt)
     if chat:
         _chat(session, stats, as_json)
     else:
@@ -94,17 +109,21 @@ class Session:
     def __init__(
         self,
         checkpoint: str,
-        gpu_memory: int | None,
+        memory: dict[str, Any],
         device: str | None,
         sampling: "Sampling",
         max_new_tokens: int,
+        context: int | None,
+        prompt: str | None,
     ):
         from minibble.runtime.loading import load
 
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         started = time.perf_counter()
         reset_peaks()
-        self.model = load(checkpoint, gpu_memory=gpu_memory, device=device, context=max_new_tokens)
+        planned = context or max_new_tokens + _tokens_before(checkpoint, prompt, device)
+        with ProgressLine("load") as line:
+            self.model = load(checkpoint, device=device, context=planned, progress=line.update, **memory)
         self.load_s = time.perf_counter() - started
 
     def plan(self, tokens: int) -> "MemoryPlan | Placement":
@@ -112,6 +131,18 @@ class Session:
         plan = self.model.memory_plan(tokens)
         plan.check()
         return plan
+
+
+def _tokens_before(checkpoint: str, prompt: str | None, device: str | None) -> int:
+    """Tokens to plan for beside the first reply's: the prompt's, or those of a chat on GPUs, whose plan is for good."""
+    from minibble.quantize.builtin import resolve_source
+    from minibble.runtime.devices import the_devices
+    from minibble.runtime.loading import DEFAULT_CONTEXT, load_tokenizer
+
+    if prompt is None:
+        return DEFAULT_CONTEXT if the_devices(device)[0].type == "cuda" else 0
+    tokenizer = load_tokenizer(resolve_source(checkpoint))
+    return 0 if tokenizer is None else len(tokenizer.encode(prompt))
 
 
 def reset_peaks() -> None:
@@ -132,6 +163,12 @@ def peak_gpu_bytes() -> list[int]:
     return [torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())]
 
 
+def measured_json(model: Any) -> dict[str, Any]:
+    """The most memory taken on each GPU, and what the experts did that are not all on one."""
+    experts = [store.stats.to_json() for store in model.stores]
+    return {"peak_gpu_bytes": peak_gpu_bytes(), **({"experts": experts} if experts else {})}
+
+
 def _complete(session: Session, prompt: str, echo: bool, stats: bool, as_json: bool) -> None:
     from minibble.runtime.generation import encode, generate_text
 
@@ -147,11 +184,11 @@ def _complete(session: Session, prompt: str, echo: bool, stats: bool, as_json: b
         on_text=None if as_json else _write,
     )
     if as_json:
-        emit_json({**result_json(result), "peak_gpu_bytes": peak_gpu_bytes(), "plan": plan.to_json()})
+        emit_json({**result_json(result), **measured_json(session.model), "plan": plan.to_json()})
     else:
         _write("\n")
     if stats:
-        _tell_stats(session, result)
+        _tell_stats(session, result, plan)
 
 
 def _chat(session: Session, stats: bool, as_json: bool) -> None:
@@ -172,9 +209,9 @@ def _chat(session: Session, stats: bool, as_json: bool) -> None:
         if not as_json:
             _write("\n")
         if stats:
-            _tell_stats(session, result)
+            _tell_stats(session, result, plan)
     if as_json:
-        emit_json({"turns": turns, "peak_gpu_bytes": peak_gpu_bytes(), "plan": plan.to_json()})
+        emit_json({"turns": turns, **measured_json(session.model), "plan": plan.to_json()})
 
 
 def _next_line(prompt: str) -> str | None:
@@ -212,20 +249,6 @@ def result_json(result: "GenerationResult") -> dict[str, Any]:
     }
 
 
-def _tell_stats(session: Session, result: "GenerationResult") -> None:
-    prefill, decode = result.prefill_tokens_per_s, result.decode_tokens_per_s
-    note(f"loaded in {duration(session.load_s)} on {session.model.device}")
-    note(f"prompt {result.prompt_tokens} tokens, {f'{prefill:.1f} tokens/s' if prefill else 'not measured'}")
-    note(f"new    {result.new_tokens} tokens, {f'{decode:.1f} tokens/s' if decode else 'not measured'}")
-    for line in steps(result.decode_path):
+def _tell_stats(session: Session, result: "GenerationResult", plan: "MemoryPlan | Placement") -> None:
+    for line in run_stats.lines(session.model, session.load_s, result, plan):
         note(line)
-    for index, nbytes in enumerate(peak_gpu_bytes()):
-        note(f"peak memory of GPU {index}: {decimal(nbytes)}")
-
-
-def steps(taken: dict[str, int]) -> list[str]:
-    """How decode steps went through the layers, in words: replayed, launched, or why neither."""
-    graph, eager = taken.get("graph", 0), taken.get("eager", 0)
-    lines = [f"steps  {graph} replayed from CUDA graphs, {eager} launched one by one"] if graph or eager else []
-    reasons = ((reason, count) for reason, count in taken.items() if reason not in ("graph", "eager"))
-    return lines + [f"steps  {count} without CUDA graphs ({reason})" for reason, count in reasons]

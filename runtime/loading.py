@@ -68,13 +68,17 @@ def load(
         plan_memory(checkpoint, devices[0], dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
         model = Unfilled.on(checkpoint, devices[0], dtype)
         model.model.budget_bytes = gpu_memory
-    total, done = sum(map(checkpoint.stored_nbytes, checkpoint.inventory)), 0
-    for module, specs, parts in _read_ahead(checkpoint):
-        if progress is not None:
-            progress(done, total, specs[0].name)
-        model.fill(module, specs, parts)
-        done += sum(map(checkpoint.stored_nbytes, specs))
-    loaded = model.filled()
+    try:
+        total, done = sum(map(checkpoint.stored_nbytes, checkpoint.inventory)), 0
+        for module, specs, parts in _read_ahead(checkpoint):
+            if progress is not None:
+                progress(done, total, specs[0].name)
+            model.fill(module, specs, parts)
+            done += sum(map(checkpoint.stored_nbytes, specs))
+        loaded = model.filled()
+    except BaseException:
+        model.close()
+        raise
     loaded.checkpoint = checkpoint
     loaded.tokenizer = load_tokenizer(checkpoint.path)
     _generation_config(loaded, checkpoint.path)

@@ -45,7 +45,7 @@ def _needs(planner: Splitter, number: int, limits: Sequence[int], total: int | N
     listed = ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {decimal(n)}" for name, n in parts.items())
     allowed = sum(limits[:number]) if total is None else min(total, sum(limits[:number]))
     verb = "needs" if number == 1 else "need"
-    return f"{devices} {verb} {decimal(least)} without any expert ({listed}), of {decimal(allowed)} allowed,"
+    return f"{devices} {verb} {decimal(least)} without any resident expert ({listed}), of {decimal(allowed)} allowed,"
 
 
 def _would_do(planner: Splitter, number: int, limits: Sequence[int], total: int | None) -> str:

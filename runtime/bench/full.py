@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from minibble.quantize.config import ModelConfig
-from minibble.quantize.errors import BudgetError
+from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime.bench import routing
-from minibble.runtime.bench.layers import fill_randomly, random_state
+from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
+from minibble.runtime.bench.whole import check_layers, check_offloaded
 from minibble.runtime.device_bytes import ConfigSource
 from minibble.runtime.devices import gpu_bytes, this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
@@ -47,6 +48,20 @@ class Run:
     steps: int = 64
     prompt: int = 8192  # tokens; 0 for none
     prefill_chunk: int | None = None
+
+
+def gate(devices: Sequence[torch.device], format: str, progress: Progress) -> dict[str, float]:
+    """Errors of two layers of the released size, the second on the last device; WrongResult if they are too large.
+
+    With experts off the GPU the logits must be the same to the bit.
+    """
+    progress("comparing two layers with the reference kernels")
+    source = ConfigSource.of(real_config((0, 1)), format)
+    if source.format is None:
+        raise ConfigError(f"format {format}: dummy weights are for 4-bit formats")
+    errors = check_layers(source.config, source.format, [devices[0], devices[-1]])
+    check_offloaded(source, devices[-1])
+    return errors
 
 
 def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, progress: Progress) -> dict[str, Any]:

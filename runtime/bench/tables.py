@@ -75,3 +75,39 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def whole(run: dict[str, Any]) -> list[str]:
+    """A run of a whole model: what was planned and taken, and the rates."""
+    plan = run["plan"]
+    text = [
+        f"{run['routing']} routing, loaded in {run['load_s']:.0f} s: {plan['experts']['resident']} experts on GPUs, "
+        f"{plan['experts']['pinned']} in host memory ({plan['host_bytes'] / 1e9:.1f} GB), {plan['experts']['disk']} on "
+        f"disk ({plan['disk_bytes'] / 1e9:.1f} GB)"
+    ]
+    for row in run["decode"]:
+        if "refused" in row:
+            text.append(f"batch {row['batch']}: {row['refused']}")
+            continue
+        text.append(
+            f"batch {row['batch']}: {row['tokens_per_s']:.1f} tokens/s after {row['context']:,} "
+            f"(expected with 1: {plan['expected_decode_tokens_per_s']:.1f}){_experts(row)}"
+        )
+        text += [
+            f"  {gpu['device']}: {gpu['driver_bytes'] / 1e9:.2f} GB in use, {predicted / 1e9:.2f} planned"
+            for gpu, predicted in zip(row["memory"], row["predicted_bytes"], strict=True)
+        ]
+    if "prefill" in run:
+        prefill = run["prefill"]
+        text.append(
+            f"prompt of {prefill['tokens']:,}: {prefill['tokens_per_s']:,.0f} tokens/s, {prefill['chunk']:,} at a time"
+        )
+    return text
+
+
+def _experts(row: dict[str, Any]) -> str:
+    """How often experts were there, and what had to come for a step."""
+    if not row["experts"]:
+        return ""
+    hits, misses = (sum(store[name] for store in row["experts"]) for name in ("hits", "misses"))
+    return f"; {100 * hits / max(hits + misses, 1):.1f} % hits"

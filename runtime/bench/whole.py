@@ -51,13 +51,13 @@ def check_layers(
 
 
 def check_offloaded(source: ConfigSource, device: torch.device, tokens: tuple[int, int] = (700, 12)) -> None:
-    """WrongResult unless logits are the same to the bit with half of the experts off the GPU.
+    """WrongResult unless logits are the same to the bit with a third of the experts off the GPU.
 
     Those of a prompt, and of tokens after it that go through graphs once these are captured.
     """
     machine, (T, steps) = this_machine([device]), tokens
     whole = plan_placement(source, machine, context=T + steps)
-    less = whole.record_bytes * sum(map(len, whole.resident)) // 2
+    less = whole.record_bytes * sum(map(len, whole.resident)) // 3
     some = plan_placement(source, machine, context=T + steps, gpu_memory=whole.total_bytes - less)
     assert not whole.devices[0].slots and some.devices[0].slots, "nothing is off the GPU"
     ids = torch.randint(source.config.vocab_size, (3, T + steps), generator=torch.Generator().manual_seed(1))

@@ -45,7 +45,7 @@ def test_stats_go_to_stderr(cli, quantized) -> None:
 
 
 def test_steps_in_words() -> None:
-    from minibble.cli.run import steps
+    from minibble.cli.run_stats import steps
 
     assert steps({}) == []
     taken = {"eager": 1, "graph": 254, "padding among the new tokens": 2}

@@ -217,7 +217,7 @@ def test_generation_cancelled_in_the_middle(cuda_device: torch.device, folder: P
         def end(self) -> None: ...
 
     with pytest.raises(KeyboardInterrupt):
-        model.generate(ids, max_new_tokens=50, do_sample=False, streamer=Stop())
+        model.generate(ids, max_new_tokens=50, min_new_tokens=50, do_sample=False, streamer=Stop())
     assert torch.equal(followed(model, ids, 20), right)
     closed(model)
 
