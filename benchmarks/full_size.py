@@ -9,6 +9,7 @@ third of the experts off the GPU they must be the same to the bit.
 import argparse
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from minibble.quantize.builtin import builtin_config
@@ -23,10 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the result: full_size_NAME_GPU.json")
     parser.add_argument("--devices", default="cuda:0")
-    parser.add_argument("--gpu-memory", type=parse_size, help="bytes on all GPUs, such as 228GB")
+    parser.add_argument("--gpu-memory", default="all", help="on all GPUs, such as 228GB, or all; several by commas")
     parser.add_argument("--host-memory", type=parse_size, help="bytes of host memory to pin at most")
     parser.add_argument("--folder", type=Path, help="for experts that wait on disk")
-    parser.add_argument("--routing", default="uniform", help="uniform, zipf or both, separated by commas")
+    parser.add_argument("--routing", default="uniform", help="uniform or zipf; several by commas")
     parser.add_argument("--format", default="nf4-dq")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batches", default="1")
@@ -47,9 +48,10 @@ def main() -> None:
     config = builtin_config("minimax-text-01")
     if options.layers:
         config = real_config(tuple(int(i % 8 == 7) for i in range(options.layers)), vocab_size=config.vocab_size)
-    for routing in options.routing.split(","):
+    for memory, routing in product(options.gpu_memory.split(","), options.routing.split(",")):
         run = full.Run(
-            format=options.format, gpu_memory=options.gpu_memory, host_memory=options.host_memory,
+            format=options.format, gpu_memory=None if memory == "all" else parse_size(memory),
+            host_memory=options.host_memory,
             folder=options.folder, routing=routing, context=options.context, steps=options.steps,
             batches=tuple(map(int, options.batches.split(","))), prompt=options.prompt, prefill_chunk=options.chunk,
         )  # fmt: skip

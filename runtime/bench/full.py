@@ -85,11 +85,18 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     unfilled = Unfilled.placed(source, placement, run.folder)
     try:
         model = fill_randomly(unfilled, logits_LE=lengths)
+        by_noise = run.routing != "uniform" or bool(model.stores)
+        if by_noise:
+            _route_by_noise(model)
         _synchronize(model)
         result: dict[str, Any] = {
-            "plan": placement.to_json(), "routing": run.routing, "load_s": perf_counter() - started,
-            "loaded": [gpu_bytes(device) for device in used], "decode": [],
-        }  # fmt: skip
+            "plan": placement.to_json(),
+            "routing": run.routing,
+            "routed_by": "noise" if by_noise else "hidden states",
+            "load_s": perf_counter() - started,
+            "loaded": [gpu_bytes(device) for device in used],
+            "decode": [],
+        }
         with torch.inference_mode():
             for batch in run.batches:
                 progress(f"decoding {batch} × {run.steps} tokens")
@@ -110,6 +117,17 @@ def _routing(config: ModelConfig, law: str) -> tuple[Tensor | None, list[list[in
     ranks = routing.ranks(L, E)
     counts = (COUNTED * routing.zipf_shares(E, A)).long()[ranks].tolist()
     return routing.row_lengths(E, A)[ranks], counts
+
+
+def _route_by_noise(model: MiniMaxForCausalLM) -> None:
+    """Where it matters which experts come: every token of every layer has its own."""
+    for index, device in enumerate(model.devices):
+        generator = torch.Generator(device).manual_seed(index)
+        shape = (routing.NOISE_ROWS, model.minibble.hidden_size)
+        noise = torch.randn(shape, dtype=model.dtype, device=device, generator=generator)
+        for layer in model.layers:
+            if layer.device == device:
+                layer.moe.route = routing.by_noise(layer.moe.route, noise)
 
 
 def _decode(

@@ -1,16 +1,21 @@
 """Routers with random weights that choose experts uniformly or by Zipf's law.
 
-A router's logits are close to normal where its weights are: an expert whose row is longer comes among the first more
-often. How much longer is found by simulation. Axes: L layers, E experts.
+A router's logits are normal where its weights or its inputs are: an expert whose row is longer comes among the first
+more often. How much longer is found by simulation. The hidden states of a random model are no such inputs: its tokens
+resemble each other more from layer to layer, and take the same experts. So its routers are given noise, chosen by a
+hash of the hidden state. Axes: L layers, E experts, N tokens, D hidden.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SAMPLES = 20_000
 ROUNDS = 200  # to within 2 % of every share
+NOISE_ROWS = 1024
 _STEP = 0.1  # of the logarithm of what is missing, a round: a small change of one row moves all shares
 _LONGEST = 100.0  # times the middle one's; logits with a mean of 0 are never the largest more than half of the time
 
@@ -44,3 +49,13 @@ def shares_of(lengths_E: Tensor, normal_NE: Tensor, active: int) -> Tensor:
     """How often each expert is among the first for logits `normal` of those standard deviations."""
     chosen = (normal_NE * lengths_E).topk(active, dim=1).indices
     return torch.bincount(chosen.flatten(), minlength=len(lengths_E)).double() / len(normal_NE)
+
+
+def by_noise(route: Callable[[Tensor], Any], noise: Tensor) -> Callable[[Tensor], Any]:
+    """`route`, but of a row of `noise` [NOISE_ROWS, D] for each token instead of its hidden state, bfloat16 [N, D]."""
+
+    def routed(x_ND: Tensor) -> Any:
+        bits = x_ND.contiguous().view(torch.int32)[:, 0]
+        return route(noise.index_select(0, (bits * -1640531527 >> 16) & (NOISE_ROWS - 1)))  # 2^32 / golden ratio
+
+    return routed

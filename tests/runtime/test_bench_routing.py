@@ -19,3 +19,13 @@ def test_every_layer_has_an_order_of_its_own() -> None:
     ranks = routing.ranks(4, 32)
     assert all(sorted(row.tolist()) == list(range(32)) for row in ranks)
     assert len({tuple(row.tolist()) for row in ranks}) == 4
+
+
+def test_noise_is_chosen_by_the_hidden_state() -> None:
+    """Another token, another row, each row as often as the others; the same token always the same one."""
+    x = torch.randn(50_000, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rows = torch.arange(routing.NOISE_ROWS)[:, None].expand(-1, 2)
+    found = routing.by_noise(lambda y: y[:, 0], rows)(x)
+    assert torch.equal(found, routing.by_noise(lambda y: y[:, 0], rows)(x))
+    counts = torch.bincount(found, minlength=routing.NOISE_ROWS)
+    assert counts.min() > 10 and counts.max() < 150
