@@ -69,6 +69,8 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
 
     Batches that the plan has no memory for are named as such.
     """
+    gc.collect()  # a model of an earlier run may hang on cycles
+    torch.cuda.empty_cache()
     source = ConfigSource.of(config, run.format)
     lengths, counts = _routing(config, run.routing)
     placement = plan_placement(
@@ -77,8 +79,6 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     )  # fmt: skip
     used = [torch.device(plan.device) for plan in placement.devices]
     progress(f"placing {sum(map(len, placement.resident))} of {config.num_hidden_layers * config.num_experts} experts")
-    gc.collect()  # a model of an earlier run may hang on cycles
-    torch.cuda.empty_cache()
     for device in used:
         torch.cuda.reset_peak_memory_stats(device)
     started = perf_counter()

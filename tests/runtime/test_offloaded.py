@@ -281,6 +281,7 @@ def test_layers_on_two_gpus(cuda_device: torch.device, folder: Path, chunk: int)
         unfilled.fill(module, specs, [checkpoint.read(spec) for spec in specs])
     two = unfilled.filled()
     one.prefill_chunk = two.prefill_chunk = chunk
+    two.generation_config = one.generation_config
     ids = torch.randint(4, 2000, (3, 90), generator=torch.Generator().manual_seed(5)).to(cuda_device)
     mask = torch.ones(3, 70, dtype=torch.long, device=cuda_device)
     mask[1, :33] = 0
