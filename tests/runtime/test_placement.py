@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from minibble.quantize.builtin import builtin_config
 from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime import plan
-from minibble.runtime.device_bytes import ConfigSource, fused_workspace_nbytes, model_bytes
+from minibble.runtime.device_bytes import CONTEXT_NBYTES, ConfigSource, fused_workspace_nbytes, model_bytes
 from minibble.runtime.footprint import footprint, kv_cache_bytes, state_bytes
 from minibble.runtime.machine import Gpu, Machine, gpu_sizes
 from minibble.runtime.placement import Placement, plan_placement
-from minibble.runtime.plan import workspace_nbytes
+from minibble.runtime.plan import CUBLAS_NBYTES, workspace_nbytes
 from minibble.runtime.rates import READ_SHARE, gpu_seconds
 from minibble.runtime.shares import shares_of
 
@@ -48,6 +48,7 @@ def check(placement: Placement, machine: Machine, format: str, total: int | None
     for device, gpu in zip(devices, machine.gpus, strict=False):
         assert device.total_bytes <= device.budget_bytes <= gpu.memory_bytes
         assert device.total_bytes == sum(device.to_json()["parts"].values())
+        assert device.overhead_bytes >= CONTEXT_NBYTES and device.workspace_bytes >= 2 * CUBLAS_NBYTES
         everything = len(device.layers) * EXPERTS
         assert device.slots >= 2 * config.experts_per_token or (device.slots == 0 and device.experts == everything)
     assert total is None or placement.total_bytes <= sum(device.budget_bytes for device in devices) <= total
