@@ -15,7 +15,7 @@ COLUMNS = {
     "weights": ("weights_bytes",),
     "records": ("experts_bytes",),
     "cache": ("kv_cache_bytes", "state_bytes"),
-    "work": ("workspace_bytes", "overhead_bytes"),
+    "work": ("workspace_bytes", "reserve_bytes", "overhead_bytes"),
 }
 GB = 1e9
 

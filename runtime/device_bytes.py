@@ -21,10 +21,15 @@ from minibble.runtime.plan import CUBLAS_NBYTES, PREFILL_CHUNK_CUDA, TILE_NBYTES
 
 CUDA = torch.device("cuda", 0)
 # Outside of torch's allocator, on Hopper: the CUDA context with the modules of torch, cuBLAS and Triton that it loads.
-CONTEXT_NBYTES = 600_000_000
+# 745 MB were measured after decoding, 800 to 840 after prompts, too, with the graphs of a step of 40 layers.
+CONTEXT_NBYTES = 800_000_000
 # Captured decode steps: some 800 launches a graph for 80 layers, up to 16 graphs (`graphs.MAX_GRAPHS`), 4 kB a launch.
 GRAPHS_NBYTES = 64 << 20
 OVERHEAD_NBYTES = CONTEXT_NBYTES + GRAPHS_NBYTES
+# Page tables on every GPU for pinned host memory: 8 bytes for 4 KiB. 177 GB took 350 MB on each of two.
+MAPPED_SHARE = 8 / 4096
+# What torch's allocator holds beside tensors: 0.28 GB with a workspace of 0.36 GB, 0.43 with 0.66, 0.53 with 1.16.
+RESERVE_NBYTES, RESERVE_SHARE = 200_000_000, 0.3
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Demand:
     """What every stretch of layers takes on a GPU beside its experts, for given sequences: sums up to each layer.
 
     `weights`, `caches` and `states` have one entry more than there are layers. `workspace_bytes` are those of every
-    GPU that has layers; `logits_bytes` come to them on the last one.
+    GPU that has layers; `logits_bytes` come to them on the last one. `pinned_bytes` is the host memory that is mapped.
     """
 
     model: ModelBytes
@@ -129,9 +134,12 @@ class Demand:
     states: tuple[int, ...]
     workspace_bytes: int
     logits_bytes: int
+    pinned_bytes: int = 0
 
     @classmethod
-    def of(cls, source: Source, dtype: torch.dtype, context: int, batch: int, prefill_chunk: int) -> "Demand":
+    def of(
+        cls, source: Source, dtype: torch.dtype, context: int, batch: int, prefill_chunk: int, pinned_bytes: int = 0
+    ) -> "Demand":
         """For `batch` sequences of `context` tokens, which enter by `prefill_chunk` at a time."""
         config, model = source.config, model_bytes(source, dtype)
         softmax, lightning = (max(config.attention.count(kind), 1) for kind in ("softmax", "lightning"))
@@ -145,6 +153,7 @@ class Demand:
             tuple(accumulate((state * (kind == "lightning") for kind in config.attention), initial=0)),
             max(running, model.loading_bytes),
             4 * batch * config.vocab_size,
+            pinned_bytes,
         )
 
     def parts(self, start: int, stop: int) -> dict[str, int]:
@@ -156,7 +165,8 @@ class Demand:
             "kv_cache_bytes": self.caches[stop] - self.caches[start],
             "state_bytes": self.states[stop] - self.states[start],
             "workspace_bytes": self.workspace_bytes + last * self.logits_bytes,
-            "overhead_bytes": OVERHEAD_NBYTES,
+            "reserve_bytes": RESERVE_NBYTES + int(RESERVE_SHARE * self.workspace_bytes),
+            "overhead_bytes": OVERHEAD_NBYTES + int(self.pinned_bytes * MAPPED_SHARE),
         }
 
 

@@ -71,3 +71,12 @@ def gpu_bytes(device: torch.device) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
     }
+
+
+def cap(device: torch.device, nbytes: int | None) -> None:
+    """Let torch's allocator take at most `nbytes` of a GPU, for all of this process; None for all there are.
+
+    At the bound it first gives back what it holds for later, then fails with torch.OutOfMemoryError.
+    """
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)

@@ -61,7 +61,7 @@ def load(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint),
         )  # fmt: skip
-        model = Unfilled.placed(checkpoint, placement, folder)
+        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None)
     else:
         if len(devices) > 1:
             raise ConfigError(f"several devices are for 4-bit checkpoints on GPUs in bfloat16: use {devices[0]} alone")

@@ -15,7 +15,7 @@ import torch
 
 from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.quantize.sizes import decimal
-from minibble.runtime.device_bytes import Demand, default_chunk
+from minibble.runtime.device_bytes import Demand, default_chunk, model_bytes
 from minibble.runtime.experts.tiers import BUFFERS
 from minibble.runtime.machine import Gpu, Machine
 from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source
@@ -36,7 +36,10 @@ MOST_CHUNK = 4 * PREFILL_CHUNK_CUDA
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What `device` holds: `layers`, of these the `resident` experts, and `slots` that receive the others in turn."""
+    """What `device` holds: `layers`, of these the `resident` experts, and `slots` that receive the others in turn.
+
+    The reserve is what torch's allocator keeps beside tensors, the overhead what CUDA takes itself.
+    """
 
     device: str
     budget_bytes: int
@@ -48,6 +51,7 @@ class DevicePlan:
     kv_cache_bytes: int
     state_bytes: int
     workspace_bytes: int
+    reserve_bytes: int
     overhead_bytes: int
 
     @property
@@ -63,7 +67,7 @@ class DevicePlan:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by what they are for; the weights are those beside experts."""
-        names = ("weights", "experts", "kv_cache", "state", "workspace", "overhead")
+        names = ("weights", "experts", "kv_cache", "state", "workspace", "reserve", "overhead")
         return {f"{name}_bytes": getattr(self, f"{name}_bytes") for name in names}
 
     @property
@@ -111,7 +115,8 @@ class Placement:
 
     def resized(self, source: Source, context: int, batch: int) -> "Placement":
         """The same weights in the same places, for other sequences; not checked."""
-        demand = Demand.of(source, getattr(torch, self.dtype), context, batch, self.prefill_chunk)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        demand = Demand.of(source, dtype, context, batch, self.prefill_chunk, self.host_bytes)
         parts: list[dict[str, Any]] = [{**demand.parts(d.layers.start, d.layers.stop)} for d in self.devices]
         devices = tuple(replace(d, **changed) for d, changed in zip(self.devices, parts, strict=True))
         return replace(self, devices=devices, context=context, batch=batch)
@@ -169,12 +174,18 @@ def plan_placement(
     `prefill_chunk` tokens at a time, by default as many as it takes for their work to last as long as experts take to
     come. GPUs that would not help are left out. BudgetError says what is missing and what would fit.
     """
+
+    def planned(chunk: int) -> Placement:
+        # Pinned memory takes some on the GPUs: first as if all experts were to be pinned, then so much as is.
+        first = _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, None)
+        return _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, first.host_bytes)
+
     chunk = prefill_chunk or default_chunk(batch)
-    placed = _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots)
+    placed = planned(chunk)
     balanced = min(_balanced_chunk(placed, machine), context * batch) // batch
     if prefill_chunk is None and balanced > chunk:
         with suppress(BudgetError):
-            return _planned(source, machine, dtype, context, batch, gpu_memory, counts, balanced, slots)
+            return planned(balanced)
     return placed
 
 
@@ -195,15 +206,19 @@ def _planned(
     counts: Sequence[Sequence[int]] | None,
     chunk: int,
     slots: int | None,
+    pinned_bytes: int | None,
 ) -> Placement:
     config = source.config
+    everything = config.num_hidden_layers * config.num_experts * model_bytes(source, dtype).record_bytes
+    most = everything if machine.host_bytes is None else min(everything, machine.host_bytes)
+    pinned = most if pinned_bytes is None else pinned_bytes
     limits, total = _limits(machine.gpus, gpu_memory)
     shares = shares_of(config.num_hidden_layers, config.num_experts, counts)
     needed = chances(shares, config.experts_per_token, batch)
     slots = SLOT_SETS * config.experts_per_token if slots is None else slots
 
     def splitter(context: int) -> Splitter:
-        demand = Demand.of(source, dtype, context, batch, chunk)
+        demand = Demand.of(source, dtype, context, batch, chunk, pinned)
         used = [
             nbytes + sum(row) * demand.model.record_bytes + caches + 2 * states  # a state is read and written
             for nbytes, row, caches, states in zip(

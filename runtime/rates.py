@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from minibble.runtime.machine import Gpu, Machine
 from minibble.runtime.shares import UNIT, Shares
 
-# Kernels for few tokens read 4-bit weights at this share of what reading alone reaches; a layer's small kernels and
-# gaps are the rest of its time. Together: 98 us of bytes take the measured 137 on an H100 (docs/performance.md).
+# Kernels for few tokens read 4-bit weights at this share of what reading alone reaches, and at most at the rate at which
+# Hopper's processors decode them; a layer's small kernels and gaps are the rest of its time. Together: 306 MB take the
+# measured 137 us on an H100 and 126 on an H200 (docs/performance.md).
 READ_SHARE = 0.80
+DECODED_BYTES_PER_S = 2.75e12
 LAYER_S = 15e-6
 HOP_S = 45e-6  # the hidden state from one GPU to the next: 12 KiB, measured between two H200
 
 
 def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
     """Time in which `gpu` takes a step through `layers` that reads `nbytes`."""
-    return nbytes / (READ_SHARE * gpu.read_bytes_per_s) + layers * LAYER_S
+    return nbytes / min(READ_SHARE * gpu.read_bytes_per_s, DECODED_BYTES_PER_S) + layers * LAYER_S
 
 
 def missed_seconds(pinned_bytes: float, disk_bytes: float, machine: Machine) -> float:

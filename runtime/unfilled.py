@@ -10,6 +10,7 @@ from minibble.quantize.errors import CheckpointError
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.nf4_math import zero_byte
 from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.devices import cap
 from minibble.runtime.experts.placement import Placement as StorePlacement
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import OffloadedTable
@@ -55,13 +56,19 @@ class Unfilled:
         return made
 
     @classmethod
-    def placed(cls, source: Source, placement: Placement, folder: Path | None = None) -> "Unfilled":
-        """Layers and experts where `placement` says; `folder` is for experts that wait on disk."""
+    def placed(
+        cls, source: Source, placement: Placement, folder: Path | None = None, capped: bool = False
+    ) -> "Unfilled":
+        """Layers and experts where `placement` says; `folder` is for experts that wait on disk.
+
+        With `capped` torch cannot take more than the plan's budgets on its GPUs, whatever happens.
+        """
         devices = [torch.device(plan.device) for plan in placement.devices for _ in plan.layers]
         made = cls(source, getattr(torch, placement.dtype), devices)
         made.model.placement, made.model.prefill_chunk = placement, placement.prefill_chunk
         try:
             for plan in placement.devices:
+                cap(torch.device(plan.device), plan.budget_bytes - plan.overhead_bytes if capped else None)
                 if plan.slots:
                     made._hold_some(plan, placement, folder)
                 else:

@@ -82,7 +82,7 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     for device in used:
         torch.cuda.reset_peak_memory_stats(device)
     started = perf_counter()
-    unfilled = Unfilled.placed(source, placement, run.folder)
+    unfilled = Unfilled.placed(source, placement, run.folder, capped=run.gpu_memory is not None)
     try:
         model = fill_randomly(unfilled, logits_LE=lengths)
         by_noise = run.routing != "uniform" or bool(model.stores)
