@@ -1,8 +1,8 @@
 """Which layers and experts live on which GPU, in host memory or on disk, decided before anything is allocated.
 
 Pure arithmetic. A budget counts everything that a GPU's memory holds for the process, the CUDA context included.
-`expected_hit_rate` is the share of the routed experts' work that resident experts do. The slots add nothing to it:
-there are fewer of them than a step misses experts, so a step finds none there of the step before.
+`expected_hit_rate` is the share of the routed experts' work that resident experts do. What the slots still hold of
+the step before is not counted: where a step misses more experts than there are slots, they hold nothing of use.
 """
 
 from collections.abc import Iterable, Sequence

@@ -14,11 +14,10 @@ from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime import plan
 from minibble.runtime.device_bytes import CONTEXT_NBYTES, ConfigSource, fused_workspace_nbytes, model_bytes
 from minibble.runtime.footprint import footprint, kv_cache_bytes, state_bytes
-from minibble.runtime.machine import Gpu, Machine, gpu_sizes
+from minibble.runtime.machine import Gpu, Machine
 from minibble.runtime.placement import Placement, plan_placement
 from minibble.runtime.plan import CUBLAS_NBYTES, workspace_nbytes
 from minibble.runtime.rates import READ_SHARE, gpu_seconds
-from minibble.runtime.shares import shares_of
 
 GB = 10**9
 CONFIG = builtin_config("minimax-text-01")
@@ -277,28 +276,6 @@ def test_planning_is_quick() -> None:
 def test_counts_of_another_model(counts) -> None:
     with pytest.raises(ConfigError, match="80 layers × 32 experts"):
         plan_placement(NF4, TWO, context=1, counts=counts)
-
-
-def test_layers_without_counts_are_even() -> None:
-    shares = shares_of(2, 4, [[0, 0, 0, 0], [6, 2, 0, 0]])
-    assert [[share / 2**40 for share in row] for row in shares.layers] == [[0.25] * 4, [0.75, 0.25, 0, 0]]
-    assert shares.hottest(0, 2)[:4] == [(1, 0), (0, 0), (0, 1), (1, 1)]
-
-
-@pytest.mark.parametrize(
-    ("text", "sizes"),
-    [("2x141GB", [141, 141]), ("80GB,141GB", [80, 141]), (" 2 x 80GB, 24GB ", [80, 80, 24]), ("141GB", [141])],
-)
-def test_sizes_of_gpus(text: str, sizes: list[int]) -> None:
-    assert gpu_sizes(text) == tuple(size * GB for size in sizes)
-    rates = [gpu.read_bytes_per_s for gpu in Machine.of_sizes(gpu_sizes(text)).gpus]
-    assert rates == [4.35e12 if size == 141 else 3.09e12 for size in sizes]
-
-
-@pytest.mark.parametrize("text", ["", "2x", "0x80GB", "65x80GB", "80GB,", "0GB", "-1x80GB", "x80GB", "twox80GB"])
-def test_no_list_of_gpus(text: str) -> None:
-    with pytest.raises(ConfigError):
-        gpu_sizes(text)
 
 
 def test_tiny_model_and_json(tiny_config) -> None:
