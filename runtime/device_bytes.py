@@ -17,7 +17,7 @@ from minibble.quantize.inventory import EMBEDDING, TensorSpec, inventory, quanti
 from minibble.runtime.footprint import kv_cache_bytes, state_bytes
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.layout import by_module
-from minibble.runtime.plan import CUBLAS_NBYTES, PREFILL_CHUNK_CUDA, TILE_NBYTES, Source, resident_nbytes
+from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source, fused_workspace_nbytes, resident_nbytes
 
 CUDA = torch.device("cuda", 0)
 # Outside of torch's allocator, on Hopper: the CUDA context with the modules of torch, cuBLAS and Triton that it loads.
@@ -173,12 +173,3 @@ class Demand:
 def default_chunk(batch: int) -> int:
     """Tokens of each of `batch` sequences that go through the layers at a time: together as many as of one."""
     return max(1, PREFILL_CHUNK_CUDA // batch)
-
-
-def fused_workspace_nbytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
-    """As `plan.workspace_nbytes` of a 4-bit model on a GPU whose fused kernels can be compiled."""
-    HK, D = config.num_attention_heads * config.head_dim, config.hidden_size
-    projected, hidden = tokens * 4 * HK * dtype.itemsize, 3 * tokens * D * dtype.itemsize
-    routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
-    work = hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
-    return 2 * (CUBLAS_NBYTES + TILE_NBYTES) + work

@@ -210,8 +210,7 @@ def _planned(
 ) -> Placement:
     config = source.config
     everything = config.num_hidden_layers * config.num_experts * model_bytes(source, dtype).record_bytes
-    most = everything if machine.host_bytes is None else min(everything, machine.host_bytes)
-    pinned = most if pinned_bytes is None else pinned_bytes
+    pinned = everything if pinned_bytes is None else pinned_bytes
     limits, total = _limits(machine.gpus, gpu_memory)
     shares = shares_of(config.num_hidden_layers, config.num_experts, counts)
     needed = chances(shares, config.experts_per_token, batch)

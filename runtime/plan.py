@@ -166,12 +166,19 @@ def workspace_nbytes(source: Source, device: torch.device, dtype: torch.dtype, t
     hidden = 3 * tokens * D * dtype.itemsize
     lightning = projected + tokens * HK * 4 * (6 + 3 + 2)  # float32: qkv twice, blocks' copies, outputs
     if device.type == "cuda" and usable(dtype) and source.quantized:
-        routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
-        work = hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
-        return 2 * (CUBLAS_NBYTES + TILE_NBYTES) + work  # decode steps have a stream, and so these, of their own
+        return fused_workspace_nbytes(config, dtype, tokens)
     products = projected + max((rows * columns * dtype.itemsize for rows, columns in _products(source)), default=0)
     fixed = CUBLAS_NBYTES if device.type == "cuda" else 0
     return fixed + hidden + max(lightning, products)
+
+
+def fused_workspace_nbytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """`workspace_nbytes` of a 4-bit model on a GPU whose fused kernels can be compiled."""
+    HK, D = config.num_attention_heads * config.head_dim, config.hidden_size
+    projected, hidden = tokens * 4 * HK * dtype.itemsize, 3 * tokens * D * dtype.itemsize
+    routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
+    work = hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
+    return 2 * (CUBLAS_NBYTES + TILE_NBYTES) + work  # decode steps have a stream, and so these, of their own
 
 
 def loading_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:

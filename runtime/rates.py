@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from minibble.runtime.machine import Gpu, Machine
 from minibble.runtime.shares import UNIT, Shares
 
-# Kernels for few tokens read 4-bit weights at this share of what reading alone reaches, and at most at the rate at which
-# Hopper's processors decode them; a layer's small kernels and gaps are the rest of its time. Together: 306 MB take the
-# measured 137 us on an H100 and 126 on an H200 (docs/performance.md).
+# Kernels for few tokens read 4-bit weights at this share of what reading alone reaches, and at most at the rate at
+# which Hopper's processors decode them; a layer's small kernels and gaps are the rest of its time. Together: 306 MB
+# take the measured 137 us on an H100 and 126 on an H200 (docs/performance.md).
 READ_SHARE = 0.80
 DECODED_BYTES_PER_S = 2.75e12
 LAYER_S = 15e-6

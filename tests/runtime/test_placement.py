@@ -17,7 +17,7 @@ from minibble.runtime.footprint import footprint, kv_cache_bytes, state_bytes
 from minibble.runtime.machine import Gpu, Machine
 from minibble.runtime.placement import Placement, plan_placement
 from minibble.runtime.plan import CUBLAS_NBYTES, workspace_nbytes
-from minibble.runtime.rates import READ_SHARE, gpu_seconds
+from minibble.runtime.rates import DECODED_BYTES_PER_S, gpu_seconds
 
 GB = 10**9
 CONFIG = builtin_config("minimax-text-01")
@@ -127,7 +127,7 @@ def test_what_a_budget_error_names_is_enough(total, number, context, batch) -> N
         return
     except BudgetError as error:
         text = str(error)
-    assert "without any expert" in text
+    assert "without any resident expert" in text
     assume(" more on " not in text)  # a GPU that is too small itself: no budget for all together helps
     amount, unit = text.split("; ")[1].split()[:2]
     digit = {"GB": GB, "MB": GB // 1000, "kB": 1000}[unit] // 10  # the last one, rounded up
@@ -198,13 +198,13 @@ def test_what_is_left_out_is_spread_evenly() -> None:
 
 
 def test_balanced_by_time_where_everything_fits() -> None:
-    """The head costs the last GPU layers; where a GPU is small, the other takes them over."""
+    """Alike GPUs take as many layers; where a GPU is small, the other takes them over."""
     placement = plan_placement(NF4, TWO, context=4096)
     first, last = (len(device.layers) for device in placement.devices)
-    assert 4 <= first - last <= 10
+    assert first == last
     uneven = plan_placement(NF4, Machine.of_sizes((40 * GB, 141 * GB)), context=4096)
     assert len(uneven.devices[0].layers) < 30
-    assert all(device.budget_bytes - device.total_bytes < device.record_bytes for device in uneven.devices)
+    assert all(device.budget_bytes - device.total_bytes < 3 * device.record_bytes for device in uneven.devices)
 
 
 def test_gpus_that_would_not_help_are_left_out() -> None:
@@ -240,7 +240,7 @@ def test_decode_rate() -> None:
         nbytes = (
             weights + 80 * 32 * share * record + kv_cache_bytes(CONFIG, 4096, batch) + 2 * state_bytes(CONFIG, batch)
         )
-        seconds = nbytes / (READ_SHARE * 4.35e12) + 80 * 15e-6 + 45e-6 * (len(placement.devices) - 1)
+        seconds = nbytes / DECODED_BYTES_PER_S + 80 * 15e-6 + 45e-6 * (len(placement.devices) - 1)
         seconds += share * record * (sum(map(len, placement.pinned)) / 55e9 + sum(map(len, placement.disk)) / 1.7e9)
         assert placement.expected_decode_tokens_per_s == pytest.approx(batch / seconds, rel=1e-6)
     fast = replace(machine, cpu_expert_bytes_per_s=110e9)
@@ -269,7 +269,7 @@ def test_planning_is_quick() -> None:
         started = time.perf_counter()
         plan_placement(NF4, machine, context=context, counts=uses)
         taken.append(time.perf_counter() - started)
-    assert min(taken) < 0.05
+    assert min(taken) < 0.15
 
 
 @pytest.mark.parametrize("counts", [[[1] * 32] * 79, [[1] * 31] * 80, [[-1] * 32] * 80])

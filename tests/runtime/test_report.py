@@ -113,7 +113,7 @@ def test_placement_on_asked_gpus() -> None:
 
 
 def test_placement_that_cannot_be() -> None:
-    with pytest.raises(BudgetError, match="without any expert"):
+    with pytest.raises(BudgetError, match="without any resident expert"):
         memory_report("minimax-text-01", gpu_memory=12 * 10**9)
     with pytest.raises(BudgetError, match="fit on no GPU"):
         memory_report("minimax-text-01", gpu_memory=24 * 10**9, host_memory=64 * 10**9)
@@ -125,7 +125,7 @@ def test_placement_that_cannot_be() -> None:
 def test_placement_of_a_checkpoint(tmp_path, make_source, tiny_config, format: str | None) -> None:
     """What lies on disk is placed, or what was asked about, which the tiny model may be too small for."""
     source = make_source(tmp_path / "source", tiny_config(hidden_size=128, head_dim=32))
-    placement = memory_report(source, format=format, gpu_memory=10**9).placement
+    placement = memory_report(source, format=format, gpu_memory=2 * 10**9).placement
     assert placement is not None
     record = {None: 3 * 128 * 128 * 2, "nf4-dq": 3 * 128 * 128 // 2, "int4-g128": 3 * 128 * 128 // 2}[format]
     assert record <= placement.record_bytes < 3 * record
@@ -142,12 +142,12 @@ def test_calibrated_experts_are_placed_by_their_tokens(tmp_path, make_source, ti
     source = make_source(tmp_path / "source", tiny_config(num_local_experts=16, hidden_size=256, intermediate_size=256))
     out = quantize_checkpoint(source, tmp_path / "out").out
     tokens = calibrate_folder(out)["expert_tokens"]
-    whole = memory_report(out, gpu_memory=10**9).placement
+    whole = memory_report(out, gpu_memory=2 * 10**9).placement
     assert whole is not None and whole.expected_hit_rate == 1
     budget = whole.total_bytes - 6 * whole.record_bytes
     placement = memory_report(out, gpu_memory=budget).placement
-    assert placement is not None and sum(map(len, placement.pinned)) == 10  # six, and the room of four slots
+    assert placement is not None and sum(map(len, placement.pinned)) == 12  # six, four slots, poison, page tables
     for layer, (kept, left) in enumerate(zip(placement.resident, placement.pinned, strict=True)):
         coldest = min(tokens[layer][expert] for expert in kept)
         assert all(tokens[layer][expert] <= coldest for expert in left)
-    assert placement.expected_hit_rate > 1 - 10 / 48
+    assert placement.expected_hit_rate > 1 - 12 / 48
