@@ -1,6 +1,6 @@
 """All 80 layers at their released size with random 4-bit weights, within a budget of GPU memory.
 
-    python benchmarks/full_size.py --devices cuda:0,cuda:1 --name resident [--gpu-memory 228GB] [--routing zipf]
+    python benchmarks/full_size.py --name 2x --devices cuda:0,cuda:1 --runs 228GiB:uniform,228GB:zipf --batches 1,32
 
 First the logits of two layers, the second on the last device, must be those of the reference kernels, and with a
 third of the experts off the GPU they must be the same to the bit.
@@ -9,7 +9,6 @@ third of the experts off the GPU they must be the same to the bit.
 import argparse
 import sys
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 from minibble.quantize.builtin import builtin_config
@@ -24,10 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the result: full_size_NAME_GPU.json")
     parser.add_argument("--devices", default="cuda:0")
-    parser.add_argument("--gpu-memory", default="all", help="on all GPUs, such as 228GB, or all; several by commas")
+    parser.add_argument("--runs", default="all:uniform", help="GPU memory, such as 228GB, and routing, uniform or zipf")
     parser.add_argument("--host-memory", type=parse_size, help="bytes of host memory to pin at most")
     parser.add_argument("--folder", type=Path, help="for experts that wait on disk")
-    parser.add_argument("--routing", default="uniform", help="uniform or zipf; several by commas")
     parser.add_argument("--format", default="nf4-dq")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batches", default="1")
@@ -48,7 +46,7 @@ def main() -> None:
     config = builtin_config("minimax-text-01")
     if options.layers:
         config = real_config(tuple(int(i % 8 == 7) for i in range(options.layers)), vocab_size=config.vocab_size)
-    for memory, routing in product(options.gpu_memory.split(","), options.routing.split(",")):
+    for memory, routing in (asked.split(":") for asked in options.runs.split(",")):
         run = full.Run(
             format=options.format, gpu_memory=None if memory == "all" else parse_size(memory),
             host_memory=options.host_memory,

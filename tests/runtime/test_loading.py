@@ -15,7 +15,7 @@ from minibble.quantize.builtin import demo_path
 from minibble.quantize.checkpoint import Checkpoint
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import BudgetError, CheckpointError, ConfigError
-from minibble.quantize.inventory import inventory
+from minibble.quantize.inventory import TensorSpec, inventory
 from minibble.quantize.job import quantize_checkpoint
 from minibble.runtime.kernels.linear4 import cpu
 from minibble.runtime.loading import load
@@ -356,3 +356,40 @@ def test_demo_brings_its_tokenizer() -> None:
     text = model.tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0])
     assert text.startswith("def ") or text.endswith(" ") or len(text) > 4
     assert model.generation_config.eos_token_id is not None
+
+
+@pytest.mark.parametrize("device", ["cpu,cuda:0", ["cpu", "cuda:0"], [], "cpu,"])
+def test_several_devices_are_gpus(device: object, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device"):
+        load(quantized, device=device)  # type: ignore[arg-type]
+
+
+def test_progress_counts_what_is_on_disk(quantized: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    model = load(quantized, progress=lambda *told: seen.append(told))
+    checkpoint = model.checkpoint
+    total = sum(map(checkpoint.stored_nbytes, checkpoint.inventory))
+    assert {told[1] for told in seen} == {total} and seen[0][0] == 0 < seen[-1][0] < total
+    assert [told[0] for told in seen] == sorted(told[0] for told in seen)
+    assert all(told[2] in checkpoint.specs for told in seen)
+
+
+def test_a_failure_in_the_middle_of_loading(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that was raised, and no reader is left behind."""
+    import threading
+
+    plain, before = Checkpoint.read, threading.active_count()
+
+    def fail(self: Checkpoint, spec: TensorSpec) -> object:
+        if spec.layer == 1:
+            raise CheckpointError(f"{spec.name}: unreadable")
+        return plain(self, spec)
+
+    monkeypatch.setattr(Checkpoint, "read", fail)
+    with pytest.raises(CheckpointError, match=r"layers\.1.*unreadable"):
+        load(quantized)
+    for thread in threading.enumerate():
+        if thread.name.startswith("read"):
+            thread.join(5)
+    assert threading.active_count() <= before

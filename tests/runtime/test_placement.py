@@ -204,7 +204,7 @@ def test_balanced_by_time_where_everything_fits() -> None:
     assert first == last
     uneven = plan_placement(NF4, Machine.of_sizes((40 * GB, 141 * GB)), context=4096)
     assert len(uneven.devices[0].layers) < 30
-    assert all(device.budget_bytes - device.total_bytes < 3 * device.record_bytes for device in uneven.devices)
+    assert all(device.budget_bytes - device.total_bytes < 4 * device.record_bytes for device in uneven.devices)
 
 
 def test_gpus_that_would_not_help_are_left_out() -> None:
