@@ -52,8 +52,11 @@ def counters(
     """Puts the CPU in the GPU's place; yields the counters that blocks share, which end as they began."""
     held = torch.zeros(64, dtype=torch.int32)
 
-    def kernel(warps: int, scale_kind: int, scale_columns: int) -> Emulated:
-        macros = {"WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns}
+    def kernel(warps: int, scale_kind: int, scale_columns: int, tokens: int, table_stride: int) -> Emulated:
+        macros = {
+            "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
+            "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns,
+        }  # fmt: skip
         flags = tuple(f"-D{name}={value}" for name, value in macros.items())
         return Emulated((*flags, f"-D__CUDA_ARCH__={request.param}"), tmp_path_factory.mktemp("kernel"))
 
@@ -79,7 +82,17 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize(
     ("format", "M"),
-    [(NF4(), 1), (NF4(), 7), (NF4(), 8), (NF4(double_quant=False), 3), (Int4(128), 2), (Int4(64), 9), (Int4(32), 1)],
+    [
+        (NF4(), 1),
+        (NF4(), 7),
+        (NF4(), 8),
+        (NF4(double_quant=False), 3),
+        (Int4(128), 2),
+        (Int4(64), 9),
+        (Int4(32), 1),
+        (NF4(), 19),
+        (Int4(128), 16),
+    ],
     ids=str,
 )
 def test_products(counters: Tensor, format: Format, M: int) -> None:
@@ -133,8 +146,8 @@ def test_experts(counters: Tensor, format: Format, M: int, experts: int, active:
 
 
 def test_tokens_in_turns(counters: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card of 99 KB of shared memory: four warps, and few tokens at a time."""
-    monkeypatch.setattr(skinny, "shared_limit", lambda device: 101376)
+    """A card of little shared memory: four warps, and few tokens at a time."""
+    monkeypatch.setattr(skinny, "shared_limit", lambda device: 75000)
     D, F, M = 1536, 256, 7
     gate_up, down = TileLayout.make((F, F), D, "nf4", 64, True, True), TileLayout.make((D,), F, "nf4", 64, True)
     assert gate_up is not None and down is not None

@@ -10,7 +10,7 @@ from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.linear4.stored import StoredParts
 from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
-FEW = 8  # tokens up to which the kernel for few of them is the quicker
+FEW = 16  # tokens up to which the kernel for few of them is the quicker
 
 
 def prepare(parts: list[QuantizedTensor], dtype: torch.dtype) -> "TiledLinear | StoredLinear":

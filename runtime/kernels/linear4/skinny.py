@@ -4,8 +4,10 @@ M tokens, N rows, K columns, A experts chosen for each token.
 """
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from minibble.quantize.tensors import Levels
 from minibble.runtime.kernels.counters import COUNT, counters
 from minibble.runtime.kernels.device import multiprocessors, shared_limit
 from minibble.runtime.kernels.nvrtc import Kernel
-from minibble.runtime.kernels.tiles import COLUMNS, TileLayout, kernel_levels, level_scale
+from minibble.runtime.kernels.tiles import CODES_NBYTES, COLUMNS, TileLayout, kernel_levels, level_scale
 
 SOURCES = (
     "skinny_ptx.cuh",
@@ -27,20 +29,20 @@ SOURCES = (
     "skinny_output.cuh",
     "skinny.cu",
 )
-TOKENS = 8  # in one pass over the weights
+TOKENS = 8  # in one pass over the weights; a matrix that takes all tokens has 16 where there are more
 MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
 MAX_TOKENS = 64  # that the list of jobs has room for
 MAX_EXPERTS = 128  # a thread each
-# Of a block's warps and the chunks that each has in flight: on an H100 one token through two experts of NF4 took 70 us
-# with 8 and 2; 72 with 12 and 2, 77 with 6 and 2, 74 with 8 and 4, whose queue delays the next kernel's activations.
-# With 4 warps a block fits into the 99 KB of shared memory that cards of compute capability 8.6 and 8.9 have.
-WARPS = (8, 4)
-MAX_STAGES = 2
-FIRST_STAGES = 1  # chunks of each warp asked for before activations are
-SEGMENT_TILES = 32
-_LUT_NBYTES = 256 * 256
-_LEFT = 256 * 32  # floats that fit between the table's entries
+# Of a block; with 4 warps it finds room in the 99 KB of shared memory of cards of compute capability 8.6 and 8.9.
+# docs/adr/0011-few-tokens.md has the measurements behind this and what follows.
+WARPS = (12, 4)
+IN_FLIGHT = 24  # half chunks of all warps: more of them delay the next kernel's ids and activations
+FIRST_SLOTS = 2  # of each warp, asked for before activations are
+SEGMENT_TILES = (64, 32, 16, 8)
+TABLE_STRIDES = (256, 128)  # bytes from entry to entry: an instruction less for each look-up, or half of the room
+_SECOND_SEGMENT = 0.4  # of the time that a product takes, for sums in between and other activations: 4 us of 10
+_SUMS_NBYTES = 36 * 4  # of 32 sums
 # What sums become: skinny.cu's Epilogue.
 BFLOAT16, PARTS, GATE_UP, DOWN = range(4)
 
@@ -50,7 +52,7 @@ class _Args(ctypes.Structure):
         ("epilogue", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("table", "matrix", "ids", "weights", "x", "out")),
         *((name, ctypes.c_int) for name in ("M", "active", "experts", "N", "K", "tiles", "chunks", "splits")),
-        *((name, ctypes.c_int) for name in ("token_rows", "stages", "segment_tiles", "first_stages")),
+        *((name, ctypes.c_int) for name in ("token_rows", "slots", "first_slots", "segment_tiles", "sum_rows")),
         *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
         ("nested_span", ctypes.c_int),
         ("parts", ctypes.c_void_p),
@@ -98,27 +100,28 @@ def launch(
     M, active = (x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
     experts = 0 if table is None else table.numel()
     assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
-    assert out.is_contiguous() and M <= MAX_TOKENS and experts <= MAX_EXPERTS
+    assert out.is_contiguous() and out.data_ptr() % 16 == 0 and M <= MAX_TOKENS and experts <= MAX_EXPERTS
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
     device = x.device
+    tokens = _job_tokens(M, experts)
     lists = _lists_nbytes(M, active, experts)
-    shape = _shape(layout, min(TOKENS, M), splits, lists, shared_limit(device))
-    assert shape.stages >= 1, f"{layout.K} columns of {M} tokens do not fit into shared memory"
+    shape = _shape(layout, min(tokens, M), splits, lists, shared_limit(device))
+    assert shape.slots, f"{layout.K} columns of {M} tokens do not fit into shared memory"
     parts = arrived = None
     if epilogue == BFLOAT16 and splits > 1:
-        parts = torch.empty(splits, M, layout.N, device=device)
+        parts = torch.empty(splits, M, 32 * layout.tiles, device=device)
         arrived = counters(device)
-        assert -(-M // TOKENS) * layout.tiles <= len(arrived), f"{layout.N} rows are too many to split"
+        assert -(-M // tokens) * layout.tiles <= len(arrived), f"{layout.N} rows are too many to split"
     args = _Args(
         epilogue,
         *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
-        min(TOKENS, M), shape.stages, shape.segment_tiles, FIRST_STAGES,
+        min(tokens, M), shape.slots, FIRST_SLOTS, shape.segment_tiles, shape.sum_rows,
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
         *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
-    kernel = _kernel(shape.warps, kind, layout.scale_columns)
+    kernel = _kernel(shape.warps, kind, layout.scale_columns, tokens, shape.table_stride)
     with torch.cuda.device_of(x):
         kernel.launch(multiprocessors(device), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
@@ -129,16 +132,25 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
 
     `active` of `experts` are chosen for each token; 0 for a matrix that takes all. 0 if so many tokens do not fit.
     """
-    processors, limit, rows = multiprocessors(device), shared_limit(device), min(TOKENS, M)
-    units = layout.tiles * (active if experts else -(-M // TOKENS))
-    found: list[tuple[bool, float, int]] = []
-    most = MAX_SPLITS if layout.tiles * -(-M // TOKENS) <= COUNT else 1
+    processors, limit, tokens = multiprocessors(device), shared_limit(device), _job_tokens(M, experts)
+    jobs = active if experts else -(-M // tokens)
+    units = layout.tiles * jobs
+    found: list[tuple[int, float, int]] = []
+    most = MAX_SPLITS if experts or units <= COUNT else 1
     for splits in range(1, min(layout.chunks, most) + 1):
-        shape = _shape(layout, rows, splits, _lists_nbytes(M, active, experts), limit)
+        shape = _shape(layout, min(tokens, M), splits, _lists_nbytes(M, active, experts), limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
-        if shape.stages:
-            found.append((shape.stages < 2, round(idle, 1), splits))
+        second = _SECOND_SEGMENT if _cut_by_groups(jobs * splits, layout.tiles, processors) else 0.0
+        if shape.slots:
+            found.append((-shape.warps, round(idle + second, 1), splits))
     return min(found)[2] if found else 0
+
+
+def _cut_by_groups(groups: int, tiles: int, processors: int) -> bool:
+    """Whether some block's share of the units begins in one job or split and ends in another."""
+    each, more = divmod(groups * tiles, processors)
+    firsts = [block * each + min(block, more) for block in range(processors)]
+    return not set(range(0, groups * tiles, tiles)) <= set(firsts)
 
 
 @cache
@@ -148,41 +160,76 @@ def most_tokens(layout: TileLayout, device: torch.device, whole: bool, active: i
     for M in (MAX_TOKENS, 32, 16, 8, 4, 2, 1):
         splits = 1 if whole else splits_for(layout, M, device, active, experts)
         lists = _lists_nbytes(M, active, experts)
-        if splits and _shape(layout, min(TOKENS, M), splits, lists, limit).stages:
+        if splits and _shape(layout, min(_job_tokens(M, experts), M), splits, lists, limit).slots:
             return M
     return 0
 
 
+def _job_tokens(M: int, experts: int) -> int:
+    """Most tokens of a job."""
+    return TOKENS if experts or M <= TOKENS else 2 * TOKENS
+
+
 def _lists_nbytes(M: int, active: int, experts: int) -> int:
     """Of the lists of jobs in shared memory."""
-    jobs = M * active if experts else -(-M // TOKENS)
-    return 4 * ((TOKENS + 3) * jobs + (jobs + experts if experts else 0))
+    tokens = _job_tokens(M, experts)
+    jobs = M * active if experts else -(-M // tokens)
+    return 4 * ((tokens + 3) * jobs + (jobs + experts if experts else 0))
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a block: warps, chunks that each keeps in flight (0: no room), tiles of a segment, bytes of shared memory."""
+    """Of a block: warps, half chunks that each keeps in flight (0: no room), tiles of a segment, sums of 32 rows that
+    there is room for, bytes of shared memory, and of the table of levels from entry to entry."""
 
     warps: int
-    stages: int
+    slots: int
     segment_tiles: int
+    sum_rows: int
     nbytes: int
+    table_stride: int = 256
 
 
 @cache
 def _shape(layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
-    shapes = [_with_warps(warps, layout, token_rows, splits, lists, limit) for warps in WARPS]
-    return next((shape for shape in shapes if shape.stages), shapes[-1])
+    for warps in WARPS:
+        for stride, slots, segment in _choices(warps, layout):
+            shape = _fitted(warps, slots, segment, stride, layout, token_rows, splits, lists, limit)
+            if shape:
+                return shape
+    return _Shape(WARPS[-1], 0, 0, 0, 0)
 
 
-def _with_warps(warps: int, layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
-    segment = min(SEGMENT_TILES, _LEFT // (32 * token_rows) - warps)
-    fixed = _LUT_NBYTES + -(-layout.chunks // splits) * 2 * COLUMNS * token_rows + lists + 4 * segment
-    if layout.nested:
-        fixed += 1024 + segment * (16 + 8 * _nested_span(layout))
-    stage_nbytes = warps * (layout.chunk_nbytes + 16)
-    stages = max(min((limit - fixed) // stage_nbytes, MAX_STAGES), 0)
-    return _Shape(warps, stages, segment, fixed + stages * stage_nbytes)
+def _choices(warps: int, layout: TileLayout) -> Iterator[tuple[int, int, int]]:
+    """Strides of the table, slots and tiles of a segment, the quicker first."""
+    most = IN_FLIGHT // warps
+    if layout.levels == "nf4":
+        yield from ((TABLE_STRIDES[0], most, segment) for segment in SEGMENT_TILES[:2])
+    yield from product(TABLE_STRIDES[1:], range(most, 1, -1), SEGMENT_TILES)
+
+
+def _fitted(
+    warps: int,
+    slots: int,
+    segment: int,
+    stride: int,
+    layout: TileLayout,
+    token_rows: int,
+    splits: int,
+    other: int,
+    limit: int,
+) -> _Shape | None:
+    """A shape with those sizes if the sums of some tiles find room as well; `other` bytes are needed besides."""
+    nested = 1024 + segment * (16 + 8 * _nested_span(layout)) if layout.nested else 0
+    table = 256 * stride if layout.levels == "nf4" else 0
+    ring = warps * slots * (layout.chunk_nbytes - CODES_NBYTES // 2 + 8)
+    x = token_rows * (-(-layout.chunks // splits) * 2 * COLUMNS + 16)
+    fixed = table + ring + x + nested + 4 * segment + other
+    sum_rows = min((limit - fixed) // _SUMS_NBYTES, (segment + warps) * token_rows)
+    least = min(segment, 16 if stride == TABLE_STRIDES[0] else 8) + warps
+    if sum_rows < least * token_rows:
+        return None
+    return _Shape(warps, slots, segment, sum_rows, fixed + sum_rows * _SUMS_NBYTES, stride)
 
 
 @cache
@@ -201,9 +248,10 @@ def _nested_span(layout: TileLayout) -> int:
 
 
 @cache
-def _kernel(warps: int, scale_kind: int, scale_columns: int) -> Kernel:
+def _kernel(warps: int, scale_kind: int, scale_columns: int, tokens: int = TOKENS, table_stride: int = 256) -> Kernel:
     macros: dict[str, int | str] = {
-        "WARPS": warps, "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns
+        "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
+        "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns,
     }  # fmt: skip
     return Kernel("skinny", [Path(__file__).with_name(name) for name in SOURCES], macros)
 

@@ -1,10 +1,10 @@
-// Of skinny.cu: a chunk of weights times up to 8 tokens.
+// Of skinny.cu: a chunk of weights times the tokens of a job.
 
-// A's registers of one step from the codes of 8 weights. B must be in the same order of columns: see `order_b`.
+// A's registers of one step from the codes of 8 weights.
 struct Levels {
     u32 a[4];
 #if SCALE_KIND == 2
-    // Integers: a nibble under 0x4300 is the bfloat16 128 + code. Even columns come together, and odd ones.
+    // Integers: a nibble under 0x4300 is the bfloat16 128 + code. Even columns come together, and odd ones: `order_x`.
     __device__ inline Levels(const char*, u32 codes, u32) {
         a[0] = centred(codes >> 4);
         a[1] = centred(codes >> 12);
@@ -14,19 +14,17 @@ struct Levels {
     __device__ static inline u32 centred(u32 codes) {
         return fma_pairs((codes & 0x000f000f) | 0x43004300, 0x3f803f80, 0xc308c308);  // - 136
     }
-    __device__ static inline void order_b(u32& b0, u32& b1) {
-        u32 even = __byte_perm(b0, b1, 0x5410), odd = __byte_perm(b0, b1, 0x7632);
-        b0 = even, b1 = odd;
-    }
 #else
-    // By the table: a byte's two levels are one look-up.
+    // By the table: a byte's two levels are one look-up. Entries 256 bytes apart have a byte of the codes as the second
+    // of their address, which saves an instruction of two.
     __device__ inline Levels(const char* lut, u32 codes, u32 lane4) {
-        a[0] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5504));
-        a[1] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5514));
-        a[2] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5524));
-        a[3] = *(const u32*)(lut + __byte_perm(codes, lane4, 0x5534));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 entry = TABLE_STRIDE == 256 ? __byte_perm(codes, lane4, 0x5504 + 16 * i)
+                                            : ((i ? codes >> (8 * i - 7) : codes << 7) & 0x7f80) | lane4;
+            a[i] = *(const u32*)(lut + entry);
+        }
     }
-    __device__ static inline void order_b(u32&, u32&) {}
 #endif
 };
 
@@ -66,7 +64,7 @@ struct RowScales {
 // Steps of 16 columns whose sums share a scale, at most those of 64 columns.
 #define STEPS_PER_SCALE (SCALE_COLUMNS < 64 ? SCALE_COLUMNS / 16 : 4)
 
-__device__ inline void load_scales(const Args& a, const Shared& sh, const char* stage, int tile, int k_chunk,
+__device__ inline void load_scales(const Args& a, const Shared& sh, const char* found, int tile, int k_chunk,
                                    RowScales (&scales)[2][2], int lane) {
     int g = lane >> 2, per_row = a.K / 64;
 #pragma unroll
@@ -74,41 +72,61 @@ __device__ inline void load_scales(const Args& a, const Shared& sh, const char* 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int row = g + 8 * half;
-            scales[rt][half].load(a, sh, stage + CODES_NBYTES, 16 * rt + row, 2 * tile + rt,
+            scales[rt][half].load(a, sh, found, 16 * rt + row, 2 * tile + rt,
                                   row * per_row + 4 * k_chunk);
         }
 }
 
+// What a lane needs of half a chunk: codes of 32 rows, and B's registers.
+struct Operands {
+    u32 words[2][2][4];         // [64 columns][16 rows]
+    u32 b[2][FRAGMENTS][2][4];  // [64 columns][8 tokens][32 columns]
+};
+
+// `x` is where the lane's row of load_matrices begins, of the first 8 tokens and of the others.
+__device__ inline void load_operands(Operands& o, const char* codes, const char* const (&x)[FRAGMENTS], int lane) {
+#pragma unroll
+    for (int kb = 0; kb < 2; ++kb) {
+#pragma unroll
+        for (int rt = 0; rt < 2; ++rt) {
+            uint4 w = *(const uint4*)(codes + kb * 1024 + rt * 512 + lane * 16);
+            o.words[kb][rt][0] = w.x, o.words[kb][rt][1] = w.y, o.words[kb][rt][2] = w.z, o.words[kb][rt][3] = w.w;
+        }
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) load_matrices(o.b[kb][f][i], x[f] + kb * 128 + i * 64);
+    }
+}
+
 template <int HALF>
-__device__ inline void multiply_half(const Shared& sh, const char* stage, int c, const RowScales (&scales)[2][2],
-                                     float (&sums)[2][4], int lane, u32 lane4, int x_lane, int tokens) {
+__device__ inline void multiply_half(const Shared& sh, const Operands& o, const RowScales (&scales)[2][2],
+                                     float (&sums)[2][4 * FRAGMENTS], int lane) {
 #pragma unroll
-    for (int kb = 2 * HALF; kb < 2 * HALF + 2; ++kb) {
-        const char* xb = sh.x + (c * 4 + kb) * tokens * 128 + x_lane;
-        uint4 b01 = *(const uint4*)xb, b23 = *(const uint4*)(xb + tokens * 64);
-        u32 bs[8] = {b01.x, b01.y, b01.z, b01.w, b23.x, b23.y, b23.z, b23.w};
+    for (int s0 = 0; s0 < 4; s0 += STEPS_PER_SCALE) {
+        float part[2][2][4 * FRAGMENTS] = {};  // four chains of products side by side
 #pragma unroll
-        for (int s = 0; s < 4; ++s) Levels::order_b(bs[2 * s], bs[2 * s + 1]);
-        uint4 w0 = *(const uint4*)(stage + kb * 1024 + lane * 16), w1 = *(const uint4*)(stage + kb * 1024 + 512 + lane * 16);
-        u32 words[2][4] = {{w0.x, w0.y, w0.z, w0.w}, {w1.x, w1.y, w1.z, w1.w}};
+        for (int s = s0; s < s0 + STEPS_PER_SCALE; ++s)
 #pragma unroll
-        for (int s0 = 0; s0 < 4; s0 += STEPS_PER_SCALE) {
-            float part[2][4] = {};
+            for (int kb = 0; kb < 2; ++kb) {
 #pragma unroll
-            for (int s = s0; s < s0 + STEPS_PER_SCALE; ++s)
+                for (int rt = 0; rt < 2; ++rt) {
+                    Levels levels(sh.lut, o.words[kb][rt][s], lane * 4);
 #pragma unroll
-                for (int rt = 0; rt < 2; ++rt) {  // two chains of products side by side
-                    mma(part[rt], Levels(sh.lut, words[rt][s], lane4).a, bs[2 * s], bs[2 * s + 1]);
+                    for (int f = 0; f < FRAGMENTS; ++f) {
+                        const u32* b = o.b[kb][f][s / 2] + s % 2 * 2;
+                        mma(part[kb][rt] + 4 * f, levels.a, b[0], b[1]);
+                    }
                 }
+            }
+#pragma unroll
+        for (int kb = 0; kb < 2; ++kb)
 #pragma unroll
             for (int rt = 0; rt < 2; ++rt) {
-                int index = (kb * 64 + s0 * 16) / SCALE_COLUMNS;
+                int index = ((2 * HALF + kb) * 64 + s0 * 16) / SCALE_COLUMNS;
                 float low = scales[rt][0].get(sh, index), high = scales[rt][1].get(sh, index);
-                sums[rt][0] += part[rt][0] * low;
-                sums[rt][1] += part[rt][1] * low;
-                sums[rt][2] += part[rt][2] * high;
-                sums[rt][3] += part[rt][3] * high;
+#pragma unroll
+                for (int i = 0; i < 4 * FRAGMENTS; ++i) sums[rt][i] += part[kb][rt][i] * (i & 2 ? high : low);
             }
-        }
     }
 }

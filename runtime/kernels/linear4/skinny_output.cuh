@@ -1,76 +1,114 @@
 // Of skinny.cu: from the sums of the warps to outputs.
 
-__device__ inline float& left(const Shared& sh, int i) { return *(float*)(sh.lut + i / 32 * LUT_STRIDE + 128 + i % 32 * 4); }
-
-// A warp's sums over its part of a tile, [32 rows][tokens]; the parts of a warp and a tile are unique by their sum.
-__device__ inline void store_partial(const Shared& sh, int slot, int tokens, float (&sums)[2][4], int lane) {
-    int to = slot * 32 * tokens;
-    int g = lane >> 2, column = (lane & 3) * 2;
+// A warp's sums over its part of a tile, for each token those of 32 rows; tile and warp together make a place unique.
+__device__ inline void store_partial(const Shared& sh, int place, int tokens, float (&sums)[2][4 * FRAGMENTS],
+                                     int lane) {
+    float* to = sh.sums + place * tokens * SUM_STRIDE + (lane >> 2);
 #pragma unroll
     for (int rt = 0; rt < 2; ++rt)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int col = column + (i & 1);
-            if (col < tokens) left(sh, to + (16 * rt + g + 8 * (i >> 1)) * tokens + col) = sums[rt][i];
+        for (int i = 0; i < 4 * FRAGMENTS; ++i) {
+            int token = i / 4 * 8 + (lane & 3) * 2 + (i & 1);
+            if (token < tokens) to[token * SUM_STRIDE + 16 * rt + 8 * (i >> 1 & 1)] = sums[rt][i];
             sums[rt][i] = 0;
         }
 }
 
-__device__ inline float reduced(const Shared& sh, int width, int total, int tokens, int tile, int row, int token) {
-    float sum = 0;
+// Four rows of a tile from the warps that have a part of it.
+__device__ inline float4 reduced(const Shared& sh, int width, int total, int tokens, int tile, int row, int token) {
+    float4 sum = {};
     int begin = tile * width, end = begin + width;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        int from = max(w * total / WARPS, begin), to = min((w + 1) * total / WARPS, end);
-        if (from < to) sum += left(sh, ((tile + w) * 32 + row) * tokens + token);
+    for (int w = quotient((begin + 1) * WARPS - 1, total); w < WARPS && w * total / WARPS < end; ++w) {
+        if (w * total / WARPS == (w + 1) * total / WARPS) continue;  // fewer chunks than warps
+        float4 part = *(const float4*)(sh.sums + ((tile + w) * tokens + token) * SUM_STRIDE + row);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     return sum;
 }
 
+__device__ inline float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }
+
+// The sums of four rows, of which there may be fewer.
+__device__ inline void store_floats(float* to, float4 y, int rows, bool aligned) {
+    if (aligned) {
+        *(float4*)to = y;
+        return;
+    }
+    if (rows > 0) to[0] = y.x;
+    if (rows > 1) to[1] = y.y;
+    if (rows > 2) to[2] = y.z;
+    if (rows > 3) to[3] = y.w;
+}
+
+__device__ inline void store_bfloat16(unsigned short* to, float4 y, int rows, bool aligned) {
+    unsigned short h[4] = {to_bfloat16(y.x), to_bfloat16(y.y), to_bfloat16(y.z), to_bfloat16(y.w)};
+    if (aligned) {
+        *(uint2*)to = {h[0] | (u32)h[1] << 16, h[2] | (u32)h[3] << 16};
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (i < rows) to[i] = h[i];
+}
+
+__device__ inline void write_rows(const Args& a, const Segment& seg, int pair, int n, float4 y) {
+    bool aligned = a.N % 4 == 0;
+    if (a.epilogue == GATE_UP || (a.epilogue == TO_BFLOAT16 && a.splits == 1)) {
+        store_bfloat16((unsigned short*)a.out + (long long)pair * a.N + n, y, a.N - n, aligned);
+    } else if (a.epilogue == DOWN) {
+        int token = token_of(a, pair), choice = (pair - token * a.active) * a.splits + seg.split;
+        float weight = a.weights[pair];
+        y.x *= weight, y.y *= weight, y.z *= weight, y.w *= weight;
+        store_floats((float*)a.out + ((long long)choice * a.M + token) * a.N + n, y, a.N - n, aligned);
+    } else if (a.epilogue == TO_PARTS) {
+        store_floats((float*)a.out + ((long long)seg.split * a.M + pair) * a.N + n, y, a.N - n, aligned);
+    } else {
+        store_floats(a.parts + ((long long)seg.split * a.M + pair) * (a.tiles * 32) + n, y, 4, true);
+    }
+}
+
 __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& seg) {
     int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
-    int rows = a.epilogue == GATE_UP ? 16 : 32, shift = a.epilogue == GATE_UP ? 4 : 5;
-    for (int token = 0; token < seg.tokens; ++token) {
-        int pair = sh.pairs[seg.job * TOKENS + token];
-        for (int i = threadIdx.x; i < seg.count << shift; i += THREADS) {
-            int row = i & (rows - 1), tile = i >> shift, n = (seg.tile + tile) * rows + row;
-            if (n >= a.N) continue;
-            float y = reduced(sh, width, total, seg.tokens, tile, row, token);
-            if (a.epilogue == GATE_UP) {
-                float up = reduced(sh, width, total, seg.tokens, tile, row + 16, token);
-                y = __fdividef(y, 1.0f + __expf(-y)) * up;
-            }
-            if (a.epilogue == GATE_UP || (a.epilogue == TO_BFLOAT16 && a.splits == 1)) {
-                ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(y);
-            } else if (a.epilogue == DOWN) {
-                int choice = (pair - token_of(a, pair) * a.active) * a.splits + seg.split;
-                ((float*)a.out)[((long long)choice * a.M + token_of(a, pair)) * a.N + n] = y * a.weights[pair];
-            } else {
-                float* to = a.epilogue == TO_PARTS ? (float*)a.out : a.parts;
-                to[((long long)seg.split * a.M + pair) * a.N + n] = y;
-            }
+    int shift = a.epilogue == GATE_UP ? 2 : 3, of_token = seg.count << shift;  // four rows each
+    for (int i = threadIdx.x, token = 0;; i += THREADS) {
+        while (i >= of_token) i -= of_token, ++token;
+        if (token >= seg.tokens) break;
+        int tile = i >> shift, row = (i - (tile << shift)) * 4, n = ((seg.tile + tile) << (shift + 2)) + row;
+        if (n >= a.N) continue;
+        float4 y = reduced(sh, width, total, seg.tokens, tile, row, token);
+        if (a.epilogue == GATE_UP) {
+            float4 up = reduced(sh, width, total, seg.tokens, tile, row + 16, token);
+            y.x = silu(y.x) * up.x, y.y = silu(y.y) * up.y, y.z = silu(y.z) * up.z, y.w = silu(y.w) * up.w;
         }
+        write_rows(a, seg, sh.pairs[seg.job * TOKENS + token], n, y);
     }
 }
 
 // Of a tile whose K is split among blocks, the block that ends last adds the parts, always in the same order.
 __device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
-    __threadfence();
     __syncthreads();
     for (int i = threadIdx.x; i < seg.count; i += THREADS) {
         int* arrived = a.arrived + seg.job * a.tiles + seg.tile + i;
+        __threadfence();
         sh.last[i] = atomicAdd(arrived, 1) == a.splits - 1;
+        __threadfence();
         if (sh.last[i]) *arrived = 0;
     }
     __syncthreads();
-    __threadfence();
-    int tokens = seg.tokens;
-    for (int i = threadIdx.x; i < seg.count * 32 * tokens; i += THREADS) {
-        int row = i % 32, tile = i / 32 % seg.count, token = i / (32 * seg.count);
-        int pair = sh.pairs[seg.job * TOKENS + token], n = (seg.tile + tile) * 32 + row;
-        if (n >= a.N || !sh.last[tile]) continue;
-        float sum = 0;
-        for (int s = 0; s < a.splits; ++s) sum += __ldcg(a.parts + ((long long)s * a.M + pair) * a.N + n);
-        ((unsigned short*)a.out)[(long long)pair * a.N + n] = to_bfloat16(sum);
+    for (int i = threadIdx.x, token = 0;; i += THREADS) {  // 4 rows each
+        while (i >= seg.count * 8) i -= seg.count * 8, ++token;
+        if (token >= seg.tokens) break;
+        if (!sh.last[i >> 3]) continue;
+        int pair = sh.pairs[seg.job * TOKENS + token], n = seg.tile * 32 + i * 4;
+        const float* from = a.parts + (long long)pair * (a.tiles * 32) + n;
+        float4 parts[MAX_SPLITS];
+#pragma unroll
+        for (int s = 0; s < MAX_SPLITS; ++s)
+            if (s < a.splits) parts[s] = __ldcg((const float4*)(from + (long long)s * a.M * a.tiles * 32));
+        float4 sum = parts[0];
+#pragma unroll
+        for (int s = 1; s < MAX_SPLITS; ++s)
+            if (s < a.splits) sum.x += parts[s].x, sum.y += parts[s].y, sum.z += parts[s].z, sum.w += parts[s].w;
+        if (n < a.N) store_bfloat16((unsigned short*)a.out + (long long)pair * a.N + n, sum, a.N - n, a.N % 4 == 0);
     }
 }

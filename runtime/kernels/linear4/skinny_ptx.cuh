@@ -30,6 +30,13 @@ __device__ inline void barrier_expect(u64* bar, int nbytes) {
                  ::"r"(shared_address(bar)), "r"(nbytes) : "memory");
 }
 
+// True in one lane of a warp that is all there: the compiler then knows that it is one.
+__device__ inline bool elected() {
+    u32 chosen;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(chosen));
+    return chosen;
+}
+
 // Makes barriers known to the copy engine.
 __device__ inline void barriers_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -38,10 +45,6 @@ __device__ inline void copy_bulk(char* to, const char* from, int nbytes, u64* ba
                  ::"r"(shared_address(to)), "l"(from), "r"(nbytes), "r"(shared_address(bar)), "l"(EVICT_FIRST) : "memory");
 }
 #else
-__device__ inline void copy_16(char* to, const char* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
 // Arrive when this thread's copies so far are there.
 __device__ inline void barrier_arrive_after_copies(u64* bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
@@ -50,13 +53,17 @@ __device__ inline void barrier_arrive_after_copies(u64* bar) {
 __device__ inline void barriers_ready() {}
 #endif
 
-// 4 bytes, without waiting for them; zeros if not `there`.
-__device__ inline void copy_word(char* to, const char* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
-                 : "memory");
+// 4 or 16 bytes, without waiting for them; zeros if not `there`.
+__device__ inline void copy_4(char* to, const char* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
-__device__ inline void wait_for_words() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void copy_16(char* to, const char* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -65,8 +72,14 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
+// Four matrices of 8 rows of 16 bytes, lane 8 i + r giving the place of row r of matrix i: B's registers of 32 columns.
+__device__ inline void load_matrices(u32 (&b)[4], const char* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(shared_address(row)));
+}
+
 // d += a b, bfloat16 operands in the registers of a warp, sums in float32.
-__device__ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+__device__ inline void mma(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

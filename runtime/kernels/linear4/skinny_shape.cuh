@@ -1,10 +1,9 @@
 // Of skinny.cu: sizes and arguments.
 
-#define TOKENS 8             // columns of B
+#define FRAGMENTS (TOKENS / 8)  // of B, 8 tokens each
 #define CODES_NBYTES 4096    // of a chunk: 32 rows of 256 columns
 #define HALF_NBYTES 2048
-#define LUT_STRIDE 256       // bytes from entry to entry, so that a byte of codes is the second byte of its address
-#define LUT_NBYTES (256 * LUT_STRIDE)
+#define LUT_NBYTES (SCALE_KIND == 2 ? 0 : 256 * TABLE_STRIDE)  // of 256 entries, each once for every lane
 #define SCALES_PER_ROW (256 / SCALE_COLUMNS)
 #if SCALE_KIND == 0
 #define SCALE_NBYTES 1
@@ -14,7 +13,11 @@
 #define SCALE_NBYTES 2
 #endif
 #define CHUNK_NBYTES (CODES_NBYTES + 32 * SCALES_PER_ROW * SCALE_NBYTES)
+#define SLOT_NBYTES (CHUNK_NBYTES - HALF_NBYTES)  // half a chunk, and room for the scales of the whole
+#define SUM_STRIDE 36        // floats from token to token of 32 sums, so that lanes meet in no bank
+#define X_PADDING 16         // bytes after a row of x, for the same reason
 #define THREADS (WARPS * 32)
+#define MAX_SPLITS 4         // of K
 
 // What sums become: bfloat16 [M, N]; float32 [splits, M, N]; silu(gate) * up as bfloat16 [pairs, F]; float32
 // [active * splits, M, N] times the router's weight.
@@ -30,11 +33,11 @@ struct Args {
     char* out;
     int M, active, experts;
     int N, K, tiles, chunks, splits;
-    int token_rows;          // tokens of a job that shared memory has room for: min(8, M)
-    int stages, segment_tiles;
-    int first_stages;        // of a ring, filled before x is asked for
+    int token_rows;          // tokens of a job that shared memory has room for: min(TOKENS, M)
+    int slots, first_slots;  // of a warp's ring; those of them asked for before x is
+    int segment_tiles, sum_rows;  // what shared memory has room for: tiles of a segment, and 32 sums of a token
     int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
-    float* parts;            // room for float32 [splits, M, N] where bfloat16 results have splits
+    float* parts;            // room for float32 [splits, M, 32 tiles] where bfloat16 results have splits
     int* arrived;            // for each job and tile, how many of its splits are done; zeros before and after
     int parts_count, interleaved;
     int part_start[4], part_nested[4];  // in 16 rows, in second-level scales

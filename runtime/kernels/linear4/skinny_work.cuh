@@ -1,27 +1,24 @@
 // Of skinny.cu: what a block does, in what order, and what it needs for it.
 
-// Half a chunk, its scales with the first: 128 columns, so that little of a ring stands empty while it is worked on.
-template <int HALF>
-__device__ inline void copy_half(char* stage, const char* from, u64* bars, int lane) {
-    const int FROM = HALF * HALF_NBYTES, SCALES = HALF ? 0 : CHUNK_NBYTES - CODES_NBYTES;
-    u64* bar = bars + HALF;
+// Half a chunk, 128 columns, so that little of a ring stands empty while it is worked on. The second half comes first,
+// as the scales of both follow it.
+__device__ inline void copy_half(char* slot, const char* chunk, bool second, u64* bar, int lane) {
+    const char* from = second ? chunk + HALF_NBYTES : chunk;
+    int nbytes = second ? SLOT_NBYTES : HALF_NBYTES;
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-        barrier_expect(bar, HALF_NBYTES + SCALES);
-        copy_bulk(stage + FROM, from + FROM, HALF_NBYTES, bar);
-        if (SCALES) copy_bulk(stage + CODES_NBYTES, from + CODES_NBYTES, SCALES, bar);
+    if (elected()) {
+        barrier_expect(bar, nbytes);
+        copy_bulk(slot, from, nbytes, bar);
     }
 #else
-    for (int i = FROM + lane * 16; i < FROM + HALF_NBYTES; i += 512) copy_16(stage + i, from + i);
-    for (int i = CODES_NBYTES + lane * 16; i < CODES_NBYTES + SCALES; i += 512) copy_16(stage + i, from + i);
+    for (int i = lane * 16; i < nbytes; i += 512) copy_16(slot + i, from + i, true);
     barrier_arrive_after_copies(bar);
 #endif
 }
 
-// The table of levels fills only half of every LUT_STRIDE bytes; the sums that warps leave lie in the other halves.
 struct Shared {
     char *lut, *ring, *x;
-    float *map, *nested;
+    float *sums, *map, *nested;
     float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), and offset
     u64* bars;
     const char** job_matrix;  // where the matrix of job j's expert begins
@@ -34,19 +31,25 @@ struct Segment {
     int tokens;  // of the job: the rows of x and of sums in shared memory
 };
 
+// n / d of numbers below a million, in a fraction of the time and of the code that integers take.
+__device__ inline int quotient(int n, int d) { return (int)__fdividef((float)n + 0.5f, (float)d); }
+
 // The job list stands in shared memory; unit u is tile u % tiles of the job-and-split u / tiles.
 __device__ inline Segment segment_at(const Args& a, const Shared& sh, int unit, int stop) {
     Segment s;
-    int group = unit / a.tiles;
-    s.job = group / a.splits;
-    s.split = group % a.splits;
-    s.tile = unit % a.tiles;
-    s.count = min(min(stop - unit, a.tiles - s.tile), a.segment_tiles);
+    int group = quotient(unit, a.tiles);
+    s.job = quotient(group, a.splits);
+    s.split = group - s.job * a.splits;
+    s.tile = unit - group * a.tiles;
     s.tokens = sh.job_count[s.job];
+    s.count = min(min(stop - unit, a.tiles - s.tile), min(a.segment_tiles, quotient(a.sum_rows, s.tokens) - WARPS));
     return s;
 }
 
-__device__ inline int split_start(const Args& a, int split) { return split * a.chunks / a.splits; }
+__device__ inline int split_start(const Args& a, int split) { return quotient(split * a.chunks, a.splits); }
+
+// Bytes from row to row of x in shared memory.
+__device__ inline int x_stride(const Args& a) { return quotient(a.chunks + a.splits - 1, a.splits) * 512 + X_PADDING; }
 
 // The chunks of one warp, in the order in which it takes them.
 struct Stream {
@@ -67,8 +70,8 @@ __device__ inline bool stream_segment(const Args& a, const Shared& sh, Stream& s
         int total = seg.count * s.width;
         s.q = warp * total / WARPS;
         s.q_end = (warp + 1) * total / WARPS;
-        s.tile = s.q / s.width;
-        s.c = s.q % s.width;
+        s.tile = quotient(s.q, s.width);
+        s.c = s.q - s.tile * s.width;
         s.skip = (a.chunks - s.width) * CHUNK_NBYTES;
         s.from = sh.job_matrix[seg.job] + ((long long)(seg.tile + s.tile) * a.chunks + first + s.c) * CHUNK_NBYTES;
         if (s.q < s.q_end) return true;
@@ -168,20 +171,43 @@ __device__ inline int token_of(const Args& a, int pair) {
     return a.active == 1 ? pair : a.active == 2 ? pair >> 1 : pair / a.active;
 }
 
-// The rows of x that a job reads, in the order of B's registers: [64 columns][half][row][4 threads][4 words].
-__device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
-    int first = split_start(a, seg.split) * 256, columns = split_start(a, seg.split + 1) * 256 - first;
-    const int* pairs = sh.pairs + seg.job * TOKENS;
-    int t = threadIdx.x & 3, place = threadIdx.x >> 2, r = place % seg.tokens, k = first + place / seg.tokens * 32 + t * 2;
-    int r_step = THREADS / 4 % seg.tokens, k_step = THREADS / 4 / seg.tokens * 32;
-    for (char* to = sh.x + threadIdx.x * 16; k < first + columns; to += THREADS * 16) {
-        int row = a.epilogue == GATE_UP ? token_of(a, pairs[r]) : pairs[r];
-        const char* from = a.x + ((long long)row * a.K + k) * 2;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) copy_word(to + i * 4, from + i * 16, k < a.K);
-        r += r_step, k += k_step;
-        if (r >= seg.tokens) r -= seg.tokens, k += 32;
+// Calls `f` with each row of x in shared memory and each 16 columns of it that are this thread's.
+template <typename F>
+__device__ inline void for_own_columns(const Args& a, const Segment& seg, F f) {
+    int of_row = (split_start(a, seg.split + 1) - split_start(a, seg.split)) * 16;
+    for (int i = threadIdx.x, r = 0;; i += THREADS) {
+        while (i >= of_row) i -= of_row, ++r;
+        if (r >= seg.tokens) break;
+        f(r, i * 16);
     }
+}
+
+// The rows of x that a job reads, zeros where the last chunk is wider than the matrix.
+__device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
+    int first = split_start(a, seg.split) * 256;
+    const int* pairs = sh.pairs + seg.job * TOKENS;
+    for_own_columns(a, seg, [&](int r, int column) {
+        int row = a.epilogue == GATE_UP ? token_of(a, pairs[r]) : pairs[r], k = first + column;
+        const char* from = a.x + ((long long)row * a.K + min(k, a.K - 16)) * 2;
+        char* to = sh.x + r * x_stride(a) + column * 2;
+        copy_16(to, from, k < a.K);
+        copy_16(to + 16, from + 16, k < a.K);
+    });
+}
+
+// Int4's levels come as pairs of even columns and of odd ones, 8 columns apart, and so must x. A thread needs only what
+// it has copied itself.
+__device__ void order_x(const Args& a, const Shared& sh, const Segment& seg) {
+#if SCALE_KIND == 2
+    for_own_columns(a, seg, [&](int r, int column) {
+        uint4* at = (uint4*)(sh.x + r * x_stride(a) + column * 2);
+        uint4 low = at[0], high = at[1];
+        at[0] = {__byte_perm(low.x, high.x, 0x5410), __byte_perm(low.y, high.y, 0x5410),
+                 __byte_perm(low.z, high.z, 0x5410), __byte_perm(low.w, high.w, 0x5410)};
+        at[1] = {__byte_perm(low.x, high.x, 0x7632), __byte_perm(low.y, high.y, 0x7632),
+                 __byte_perm(low.z, high.z, 0x7632), __byte_perm(low.w, high.w, 0x7632)};
+    });
+#endif
 }
 
 // Second-level scales of the segment's rows, for every 16 of them those that their blocks may need.
@@ -191,17 +217,17 @@ __device__ void load_nested(const Args& a, const Shared& sh, const Segment& seg)
     const char* meta = record + a.meta_start + 16 * seg.tile;
     int rows16 = 16 * (a.K / 64);
     for (int i = threadIdx.x; i < 2 * seg.count * a.nested_span; i += THREADS) {
-        int m = i / a.nested_span, j = i % a.nested_span;
+        int m = quotient(i, a.nested_span), j = i - m * a.nested_span;
         // The record holds the first block too, but to wait for it before asking for the scales costs a microsecond.
         int m16 = 2 * seg.tile + m, part = 0;
         while (part + 1 < a.parts_count && m16 >= a.part_start[part + 1]) ++part;
         int block = a.interleaved ? (m16 & 1) * a.part_nested[1] * 256 + (m16 >> 1) * rows16
                                   : a.part_nested[part] * 256 + (m16 - a.part_start[part]) * rows16;
         int at = min((block >> 8) + j, a.nested_count - 1);
-        copy_word((char*)(sh.nested + i), record + a.nested_start + 4 * at, true);
+        copy_4((char*)(sh.nested + i), record + a.nested_start + 4 * at);
         if (j == 0) {
             *(int*)(sh.meta + m) = block & 255;
-            copy_word((char*)(sh.meta + m) + 4, meta + m * 8 + 4, true);
+            copy_4((char*)(sh.meta + m) + 4, meta + m * 8 + 4);
         }
     }
 #endif

@@ -7,12 +7,14 @@
 #endif
 #define ARRIVALS (__CUDA_ARCH__ >= 900 ? 1 : 32)
 struct float2 { float x, y; };
+struct uint2 { u32 x, y; };
 static int __float_as_int(float f) { return (int)__float_as_uint(f); }
 static float2 make_float2(float x, float y) { return {x, y}; }
 
 static void barrier_init(u64* bar, int count) { barrier_init(shared_address(bar), (u32)count); }
 static void barrier_wait(u64* bar, u32 parity) { barrier_wait(shared_address(bar), parity); }
 static void barrier_expect(u64* bar, int nbytes) { barrier_expect(shared_address(bar), (u32)nbytes); }
+static bool elected() { return lane() == 0; }
 static void copy_bulk(char* to, const char* from, int nbytes, u64* bar) {
     copy_bytes(shared_address(to), from, nbytes, shared_address(bar));
 }
@@ -27,15 +29,15 @@ static void make_all(const std::vector<OwnCopy>& some) {
     for (const OwnCopy& copy : some)
         if (*copy) (*copy)(), *copy = nullptr;
 }
-static void copy_16(char* to, const char* from) {
+static void copy_16(char* to, const char* from, bool there) {
     if ((u64)to % 16 || (u64)from % 16) fail("a copy that is not aligned");
-    own([=] { memcpy(to, from, 16); });
+    own([=] { there ? (void)memcpy(to, from, 16) : (void)memset(to, 0, 16); });
 }
-static void copy_word(char* to, const char* from, bool there) {
-    if ((u64)to % 4 || (there && (u64)from % 4)) fail("a copy that is not aligned");
-    own([=] { there ? (void)memcpy(to, from, 4) : (void)memset(to, 0, 4); });
+static void copy_4(char* to, const char* from) {
+    if ((u64)to % 4 || (u64)from % 4) fail("a copy that is not aligned");
+    own([=] { memcpy(to, from, 4); });
 }
-static void wait_for_words() {
+static void wait_for_copies() {
     make_all(own_copies[current]);
     own_copies[current].clear();
 }
@@ -80,7 +82,18 @@ static u64 __shfl_sync(u32, u64 value, int from) {
     return high << 32 | (u32)exchange((int)value, from);
 }
 
-static void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+static void load_matrices(u32 (&b)[4], const char* row) {
+    if ((u64)row % 16) fail("a row that is not aligned");
+    memcpy(warp().values[lane()], &row, sizeof(row));
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        const char* from;
+        memcpy(&from, warp().values[8 * i + lane() / 4], sizeof(from));
+        memcpy(&b[i], from + lane() % 4 * 4, 4);
+    }
+    __syncwarp();
+}
+static void mma(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
     u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     memcpy(warp().values[lane()], mine, sizeof(mine));
     __syncwarp();
