@@ -17,16 +17,15 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.job import quantize_checkpoint
+from minibble.runtime.bench.full import Clock
 from minibble.runtime.kernels.linear4 import cpu
 from minibble.runtime.loading import load
 
@@ -36,19 +35,6 @@ PROMPT = "Abstract\n========\n\nThis PEP proposes a new way to write functions t
 LOGITS_BOUND = 1e-4  # of the largest logit
 KL_BOUND = 0.05  # nats a token; NF4 of a trained model has about 0.01
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
-
-
-class Clock(BaseStreamer):
-    """Notes when each token leaves `generate()`; the prompt comes first."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minibble.cli.options import device_option, json_option
+from minibble.cli.options import devices_option, json_option, memory_options
 from minibble.cli.output import ProgressLine, duration, emit_json, show
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     "--seq-len", metavar="T", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window."
 )
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Use the first N windows.  [default: all]")
-@device_option
+@memory_options
+@devices_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -45,13 +46,14 @@ def command(
     device: str | None,
     dtype: str | None,
     as_json: bool,
+    **memory: Any,
 ) -> None:
     """Measure the perplexity of the checkpoint CKPT on a text; with --against also its distance from the source.
 
     The distance is the mean Kullback-Leibler divergence of the next-token distributions, in nats per token, and
     how often both models hold the same token for the likeliest. CKPT may be `demo`.
     """
-    result, elapsed_s = run_evaluation(checkpoint, text, against, seq_len, windows, device, dtype)
+    result, elapsed_s = run_evaluation(checkpoint, text, against, seq_len, windows, device, dtype, **memory)
     if as_json:
         emit_json(evaluation_json(result, elapsed_s))
     else:
@@ -66,6 +68,7 @@ def run_evaluation(
     windows: int | None,
     device: str | None = None,
     dtype: str | None = None,
+    **memory: Any,
 ) -> "tuple[Evaluation, float]":
     """`runtime.evaluate.evaluate` with progress on stderr, and the seconds it took."""
     import torch
@@ -83,6 +86,7 @@ def run_evaluation(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=line.update,
+            **memory,
         )
     return result, time.monotonic() - started
 

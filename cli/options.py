@@ -63,7 +63,7 @@ class Gpus(click.ParamType):
     name = "gpus"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        from minibble.runtime.machine import gpu_sizes
+        from minibble.runtime.planning.machine import gpu_sizes
 
         if isinstance(value, tuple):
             return value
@@ -104,6 +104,15 @@ def device_option(command: F) -> F:
         "--device",
         metavar="D",
         help="Device to work on, such as cpu, cuda or cuda:1.  [default: a GPU if there is one]",
+    )(command)
+
+
+def devices_option(command: F) -> F:
+    """`--device` of what may run on several GPUs."""
+    return click.option(
+        "--device",
+        metavar="D[,D...]",
+        help="Device to run on, such as cpu or cuda:1; several GPUs share the layers.  [default: a GPU if there is one]",
     )(command)
 
 

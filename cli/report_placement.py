@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from minibble.runtime.placement import DevicePlan, Placement
+    from minibble.runtime.planning.placement import DevicePlan, Placement
 
 # Columns of bytes, and the parts of a GPU's plan that each one sums.
 COLUMNS = {

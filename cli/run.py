@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minibble.cli import run_stats
-from minibble.cli.options import Count, json_option, memory_options
+from minibble.cli.options import Count, devices_option, json_option, memory_options
 from minibble.cli.output import ProgressLine, emit_json, note
 
 if TYPE_CHECKING:
     from minibble.runtime.generation import GenerationResult, Sampling
-    from minibble.runtime.placement import Placement
     from minibble.runtime.plan import MemoryPlan
+    from minibble.runtime.planning.placement import Placement
 
 LEAVE = ("/exit", "/quit")
 
@@ -42,11 +42,7 @@ LEAVE = ("/exit", "/quit")
 @click.option("--top-k", metavar="K", type=click.IntRange(0), default=0, help="Sample from the K likeliest tokens.")
 @click.option("--seed", metavar="S", type=int, help="Makes sampling repeatable.")
 @memory_options
-@click.option(
-    "--device",
-    metavar="D[,D...]",
-    help="Device to run on, such as cpu or cuda:1, or GPUs that share the layers.  [default: a GPU if there is one]",
-)
+@devices_option
 @click.option(
     "--context",
     type=Count(1),

@@ -7,8 +7,8 @@ from minibble.quantize.sizes import decimal
 
 if TYPE_CHECKING:
     from minibble.runtime.generation import GenerationResult
-    from minibble.runtime.placement import Placement
     from minibble.runtime.plan import MemoryPlan
+    from minibble.runtime.planning.placement import Placement
 
 
 def lines(model: Any, load_s: float, result: "GenerationResult", plan: "MemoryPlan | Placement") -> list[str]:

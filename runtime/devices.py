@@ -9,7 +9,7 @@ import torch
 
 from minibble.quantize.errors import ConfigError
 from minibble.runtime.experts.host import available_nbytes
-from minibble.runtime.machine import Gpu, Machine
+from minibble.runtime.planning.machine import Gpu, Machine
 
 HOST_MARGIN_NBYTES = 4 << 30  # of host memory, left for the program itself and what it reads
 DISK_MARGIN_NBYTES = 1 << 30

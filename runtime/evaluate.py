@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.errors import CheckpointError, ConfigError
+from minibble.runtime.devices import the_devices
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
 
@@ -39,14 +40,22 @@ def evaluate(
     max_windows: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
+    offload_folder: Path | None = None,
     progress: OnWindow | None = None,
 ) -> Evaluation:
     """Score `checkpoint` on the file `text`, cut into windows of `seq_len` tokens that start afresh.
 
     With `against`, the 16-bit source, both models see the same windows. `dtype` of the activations defaults to
-    float32 on CPUs and bfloat16 on GPUs. Each model is loaded whole, one beside the other.
+    float32 on CPUs and bfloat16 on GPUs. Each model is loaded whole, one beside the other; `device`, `gpu_memory`,
+    `host_memory` and `offload_folder` place the checkpoint, as `load` says.
     """
-    model = load(checkpoint, device=device, dtype=dtype or _dtype(device))
+    wide = torch.bfloat16 if the_devices(device)[0].type == "cuda" else torch.float32
+    model = load(
+        checkpoint, gpu_memory, device, dtype or wide, context=seq_len, host_memory=host_memory,
+        offload_folder=offload_folder,
+    )  # fmt: skip
     source = None if against is None else load(against, device=model.device, dtype=model.dtype)
     if source is not None and source.minibble.vocab_size != model.minibble.vocab_size:
         raise CheckpointError(
@@ -59,11 +68,6 @@ def evaluate(
         if progress is not None:
             progress(done, len(windows))
     return _evaluation(sums, len(windows) * (windows[0].shape[0] - 1), source is not None)
-
-
-def _dtype(device: str | torch.device | None) -> torch.dtype:
-    gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    return torch.bfloat16 if gpu else torch.float32
 
 
 def _windows(model: MiniMaxForCausalLM, text: Path, seq_len: int, limit: int | None) -> list[Tensor]:

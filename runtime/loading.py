@@ -17,8 +17,8 @@ from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.devices import best_dtype, the_devices, this_machine
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.placement import plan_placement
 from minibble.runtime.plan import plan_memory
+from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.quality import read_quality
 from minibble.runtime.unfilled import Unfilled, packs
 

@@ -13,8 +13,8 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minibble.quantize.config import ModelConfig
+from minibble.runtime import memory
 from minibble.runtime.attention import Context, LightningAttention, SoftmaxAttention, rotations
-from minibble.runtime.devices import gpu_bytes
 from minibble.runtime.graphs import Decoder
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
@@ -23,8 +23,8 @@ from minibble.runtime.layout import layout
 from minibble.runtime.masks import attention_mask_2d, left_padding, visible
 from minibble.runtime.moe import MoE
 from minibble.runtime.pipeline import hop
-from minibble.runtime.placement import Placement
-from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan, plan_memory
+from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan
+from minibble.runtime.planning.placement import Placement
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
@@ -123,33 +123,11 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def memory_plan(self, context: int, batch: int = 1) -> MemoryPlan | Placement:
         """What `batch` sequences of `context` tokens take, predicted; only for a model loaded from a checkpoint."""
-        assert self.checkpoint is not None, "the model was not loaded from a checkpoint"
-        if self.placement is not None:
-            return self.placement.resized(self.checkpoint, context, batch)
-        return plan_memory(
-            self.checkpoint, self.device, self.dtype, context=context, batch=batch, prefill_chunk=self.prefill_chunk,
-            budget_bytes=self.budget_bytes,
-        )  # fmt: skip
+        return memory.plan(self, context, batch)
 
     def memory_report(self, context: int = 4096, batch: int = 1) -> dict[str, Any]:
-        """The plan beside what is measured: bytes of the weights held and, of each GPU, what is in use and was at most.
-
-        Of a GPU, `driver_bytes` are what its driver counts for all processes, `reserved_bytes` and `allocated_bytes`
-        the most that torch's allocator took and gave out.
-        """
-        modules = [module for module in self.modules() if isinstance(module, Linear | Embedding | MoE)]
-        packed = sum(module.packed.nbytes for module in modules if module.packed is not None)
-        packed += sum(store.device_nbytes for store in self.stores)
-        measured: dict[str, Any] = {"weights_bytes": packed + sum(weight.nbytes for weight in self.parameters())}
-        gpus = [device for device in self.devices if device.type == "cuda"]
-        if gpus:
-            measured["peak_gpu_bytes"] = [torch.cuda.max_memory_allocated(device) for device in gpus]
-            measured["gpus"] = [gpu_bytes(device) for device in gpus]
-        if self.stores:
-            measured["host_bytes"] = sum(store.host_nbytes for store in self.stores)
-            measured["disk_bytes"] = sum(store.disk_nbytes for store in self.stores)
-            measured["experts"] = [store.stats.to_json() for store in self.stores]
-        return {"predicted": self.memory_plan(context, batch).to_json(), "measured": measured}
+        """`predicted`, the plan, beside `measured`: bytes of the weights, of each GPU, and what experts did."""
+        return memory.report(self, context, batch)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The inventory's tensors as views of the model's, for a model without 4-bit weights."""

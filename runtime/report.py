@@ -22,9 +22,9 @@ from minibble.runtime.footprint import (
 from minibble.runtime.quality import Quality, read_quality
 
 if TYPE_CHECKING:
-    from minibble.runtime.machine import Machine
-    from minibble.runtime.placement import Placement
     from minibble.runtime.plan import Source
+    from minibble.runtime.planning.machine import Machine
+    from minibble.runtime.planning.placement import Placement
 
 STORED = "stored"
 
@@ -132,7 +132,7 @@ def memory_report(
     assert weights is not None
     placement = None
     if gpu_memory is not None or gpus is not None:
-        from minibble.runtime.machine import Machine
+        from minibble.runtime.planning.machine import Machine
 
         machine = Machine.of_sizes(gpus or [gpu_memory or 0], host_memory, disk)
         total = gpu_memory if gpus else None
@@ -156,8 +156,8 @@ def _placement(
     target: _Target, format: str | None, machine: "Machine", context: int, batch: int, gpu_memory: int | None
 ) -> "Placement":
     """The plan for the target's weights as they are, or for its config in `format`."""
-    from minibble.runtime.device_bytes import ConfigSource
-    from minibble.runtime.placement import plan_placement
+    from minibble.runtime.planning.device_bytes import ConfigSource
+    from minibble.runtime.planning.planner import plan_placement
 
     source = target.source if format is None else ConfigSource.of(target.config, format)
     assert source is not None

@@ -18,8 +18,8 @@ from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.kernels.moe4.table import ExpertTable, RecordTable, record_layouts
 from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.placement import DevicePlan, Placement
 from minibble.runtime.plan import Source, default_prefill_chunk, held_dtype
+from minibble.runtime.planning.placement import DevicePlan, Placement
 
 
 def packs(source: Source, devices: Sequence[torch.device], dtype: torch.dtype) -> bool:

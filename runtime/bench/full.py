@@ -21,10 +21,11 @@ from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime.bench import routing
 from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
 from minibble.runtime.bench.whole import check_layers, check_offloaded
-from minibble.runtime.device_bytes import ConfigSource
 from minibble.runtime.devices import gpu_bytes, this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.placement import Placement, plan_placement
+from minibble.runtime.planning.device_bytes import ConfigSource
+from minibble.runtime.planning.placement import Placement
+from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.unfilled import Unfilled
 
 REPEATS = 3  # of a prefill

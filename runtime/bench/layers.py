@@ -11,9 +11,9 @@ from minibble.quantize.formats import Format
 from minibble.quantize.inventory import TensorSpec, quantized_roles
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.bench.weights import generator_on, random_matrix, random_tensor
-from minibble.runtime.device_bytes import ConfigSource
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 

@@ -14,10 +14,10 @@ from minibble.runtime.bench.check import WrongResult, kernels
 from minibble.runtime.bench.gpu import poisoned
 from minibble.runtime.bench.layers import fill_randomly, random_model
 from minibble.runtime.decode import Inputs, decode_step
-from minibble.runtime.device_bytes import ConfigSource
 from minibble.runtime.devices import this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.placement import plan_placement
+from minibble.runtime.planning.device_bytes import ConfigSource
+from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 

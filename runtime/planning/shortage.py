@@ -5,8 +5,8 @@ from itertools import pairwise
 
 from minibble.quantize.errors import BudgetError
 from minibble.quantize.sizes import decimal
-from minibble.runtime.machine import Machine
-from minibble.runtime.split import Split, Splitter
+from minibble.runtime.planning.machine import Machine
+from minibble.runtime.planning.split import Split, Splitter
 
 
 def gpu_shortage(

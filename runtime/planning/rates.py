@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from minibble.runtime.machine import Gpu, Machine
-from minibble.runtime.shares import UNIT, Shares
+from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.planning.shares import UNIT, Shares
 
 # Kernels for few tokens read 4-bit weights at this share of what reading alone reaches, and at most at the rate at
 # which Hopper's processors decode them; a layer's small kernels and gaps are the rest of its time. Together: 306 MB

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from minibble.quantize.builtin import builtin_config
 from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime import plan
-from minibble.runtime.device_bytes import CONTEXT_NBYTES, ConfigSource, fused_workspace_nbytes, model_bytes
 from minibble.runtime.footprint import footprint, kv_cache_bytes, state_bytes
-from minibble.runtime.machine import Gpu, Machine
-from minibble.runtime.placement import Placement, plan_placement
 from minibble.runtime.plan import CUBLAS_NBYTES, workspace_nbytes
-from minibble.runtime.rates import DECODED_BYTES_PER_S, gpu_seconds
+from minibble.runtime.planning.device_bytes import CONTEXT_NBYTES, ConfigSource, fused_workspace_nbytes, model_bytes
+from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.planning.placement import Placement
+from minibble.runtime.planning.planner import plan_placement
+from minibble.runtime.planning.rates import DECODED_BYTES_PER_S, gpu_seconds
 
 GB = 10**9
 CONFIG = builtin_config("minimax-text-01")

@@ -3,8 +3,8 @@
 import pytest
 
 from minibble.quantize.errors import ConfigError
-from minibble.runtime.machine import Machine, gpu_sizes
-from minibble.runtime.shares import shares_of
+from minibble.runtime.planning.machine import Machine, gpu_sizes
+from minibble.runtime.planning.shares import shares_of
 
 GB = 10**9
 

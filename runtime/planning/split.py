@@ -7,10 +7,10 @@ balanced by time needs, less the same share of its experts everywhere.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from minibble.runtime.device_bytes import Demand
-from minibble.runtime.machine import Gpu
-from minibble.runtime.rates import gpu_seconds
-from minibble.runtime.shares import Shares
+from minibble.runtime.planning.device_bytes import Demand
+from minibble.runtime.planning.machine import Gpu
+from minibble.runtime.planning.rates import gpu_seconds
+from minibble.runtime.planning.shares import Shares
 
 BLOCKS = 20  # stretches begin at multiples of a 20th of the layers, or where they are balanced
 POISON_RECORDS = 1  # what the table points to for an expert that is not there

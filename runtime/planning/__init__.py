@@ -1,0 +1,1 @@
+"""Which layers and experts go where: decided before anything is allocated, by arithmetic alone."""
