@@ -112,7 +112,7 @@ def devices_option(command: F) -> F:
     return click.option(
         "--device",
         metavar="D[,D...]",
-        help="Device to run on, such as cpu or cuda:1; several GPUs share the layers.  [default: a GPU if there is one]",
+        help="Device to run on, cpu or cuda:1; several GPUs share the layers.  [default: a GPU if there is one]",
     )(command)
 
 

@@ -52,6 +52,7 @@ def load(
     CheckpointError names what is missing, left over or not 4-bit.
     """
     checkpoint = Checkpoint.open(resolve_source(path))
+    tokenizer = load_tokenizer(checkpoint.path)  # a bad one is found before weights are read
     devices = the_devices(device)
     dtype = dtype or best_dtype(devices[0])
     folder = None if offload_folder is None else Path(offload_folder)
@@ -68,21 +69,19 @@ def load(
         plan_memory(checkpoint, devices[0], dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
         model = Unfilled.on(checkpoint, devices[0], dtype)
         model.model.budget_bytes = gpu_memory
+    model.model.checkpoint, model.model.tokenizer = checkpoint, tokenizer
     try:
+        _generation_config(model.model, checkpoint.path)
         total, done = sum(map(checkpoint.stored_nbytes, checkpoint.inventory)), 0
         for module, specs, parts in _read_ahead(checkpoint):
             if progress is not None:
                 progress(done, total, specs[0].name)
             model.fill(module, specs, parts)
             done += sum(map(checkpoint.stored_nbytes, specs))
-        loaded = model.filled()
+        return model.filled()
     except BaseException:
         model.close()
         raise
-    loaded.checkpoint = checkpoint
-    loaded.tokenizer = load_tokenizer(checkpoint.path)
-    _generation_config(loaded, checkpoint.path)
-    return loaded
 
 
 def _read_ahead(

@@ -1,0 +1,203 @@
+"""From a checkpoint over a plan to logits, without a GPU: the kernels are read back byte by byte at their addresses."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import tiny
+from golden.tiles_by_byte import read_back
+from torch import Tensor
+from torch.nn import functional as F
+
+from minibble.quantize.errors import BudgetError, CheckpointError
+from minibble.quantize.formats import Format
+from minibble.quantize.job import quantize_checkpoint
+from minibble.runtime import graphs, loading, unfilled
+from minibble.runtime.experts.store import ExpertStore
+from minibble.runtime.kernels.moe4 import table
+from minibble.runtime.kernels.moe4.table import RecordTable
+from minibble.runtime.kernels.tiles import TileLayout
+from minibble.runtime.loading import load
+from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.state import HybridState
+
+IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
+PROMPT = 24
+_read: dict[bytes, Tensor] = {}
+
+
+def matrix(record: bytes, layout: TileLayout) -> Tensor:
+    key = record[: layout.nbytes]
+    if key not in _read:
+        _read[key] = read_back(key, layout)[: layout.N, : layout.K]
+    return _read[key]
+
+
+def by_address(self: RecordTable, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+    """What the kernels compute, from the records to which the table on the device points."""
+    out = torch.zeros(x_MD.shape)
+    for token, (ids, weights) in enumerate(zip(ids_MA.tolist(), weights_MA.tolist(), strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            record = ctypes.string_at(int(self.addresses[expert]), self.gate_up.nbytes + self.down.nbytes)
+            both = (matrix(record, self.gate_up) @ x_MD[token].float()).view(-1, 2, 16)
+            hidden = (F.silu(both[:, 0]) * both[:, 1]).flatten()
+            out[token] += weight * (matrix(record[self.gate_up.nbytes :], self.down) @ hidden)
+    return out.to(x_MD.dtype)
+
+
+def layouts(D: int, inner: int, format: Format, *others: Any) -> tuple[TileLayout, TileLayout]:
+    gate_up, down = TileLayout.of_format((inner, inner), D, format, True), TileLayout.of_format((D,), inner, format)
+    assert gate_up is not None and down is not None
+    return gate_up, down
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The CPU in place of a GPU, with as much memory as is said here, and the kernels in torch."""
+    there: dict[str, Any] = {"host_bytes": None, "disk_bytes": None}
+    gpu = Gpu("cpu", 10**10)
+    monkeypatch.setattr(loading, "this_machine", lambda devices, host, folder: Machine((gpu,), **there))
+    for module in (table, unfilled):
+        monkeypatch.setattr(module, "record_layouts", layouts)
+    monkeypatch.setattr(unfilled, "cap", lambda device, nbytes: None)
+    monkeypatch.setattr(graphs, "unfused", lambda model: None)
+    monkeypatch.setattr(RecordTable, "__call__", by_address)
+    monkeypatch.setattr(RecordTable, "decode", lambda self, *inputs: by_address(self, *inputs).float()[None])
+    return there
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Path:
+    config = tiny.original_json(num_hidden_layers=3, attn_type_list=[0, 0, 1])
+    source = make_source(tmp_path_factory.mktemp("placed") / "m", config=config)
+    out = quantize_checkpoint(source, source.parent / "nf4").out
+    for path in out.glob("tokenizer*"):
+        path.unlink()
+    return out
+
+
+def placed(folder: Path, missing: int = 0, **options: Any) -> MiniMaxForCausalLM:
+    """The model, with memory for all experts but so many."""
+    whole = load(folder, device="cpu", dtype=torch.bfloat16)
+    assert whole.placement is not None and not whole.stores
+    if not missing:
+        return whole
+    budget = whole.placement.total_bytes - missing * whole.placement.record_bytes
+    return load(folder, gpu_memory=budget, device="cpu", dtype=torch.bfloat16, **options)
+
+
+@torch.no_grad()
+def followed(model: MiniMaxForCausalLM) -> Tensor:
+    state = HybridState(model.minibble, reserve=IDS.shape[1])
+    logits = [model(IDS[:, :PROMPT], past_key_values=state).logits]
+    logits += [model(IDS[:, t : t + 1], past_key_values=state).logits for t in range(PROMPT, IDS.shape[1])]
+    return torch.cat(logits, dim=1)
+
+
+def test_records_are_the_checkpoints_experts(folder: Path, machine: dict[str, Any]) -> None:
+    """Against the ordinary path, which decodes them from the file's own form."""
+    model = placed(folder)
+    found = followed(model)
+    assert model.decode_path() == {"eager": IDS.shape[1] - PROMPT}
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(loading, "packs", lambda *args: False)
+        context.setattr(unfilled.Unfilled, "_hold_all", lambda self, layer: None)
+        context.setattr(graphs, "unfused", lambda model: "not now")
+        right = followed(load(folder, device="cpu", dtype=torch.bfloat16))
+    errors = (found - right).norm(dim=-1) / right.norm(dim=-1)
+    assert errors.median() < 0.015, "of most tokens; rounding sends some to other experts"
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_experts_elsewhere_change_no_bit(
+    folder: Path, machine: dict[str, Any], tmp_path: Path, missing: int, where: str
+) -> None:
+    right = followed(placed(folder))
+    options: dict[str, Any] = {}
+    if where == "disk":
+        record = placed(folder).placement.record_bytes  # type: ignore[union-attr]
+        machine |= {"host_bytes": 6 * record, "disk_bytes": 10**9}
+        options = {"offload_folder": tmp_path}
+    model = placed(folder, missing, **options)
+    (store,) = model.stores
+    assert torch.equal(followed(model), right)
+    stats = store.stats
+    assert stats.misses > 0 and stats.hits > 0 and (stats.bytes_from_disk > 0) == (where == "disk")
+    assert not store._bank.slots.held, "given up after the last step"
+    report = model.memory_report(context=64)
+    assert report["measured"]["weights_bytes"] > 0 and (report["measured"]["disk_bytes"] > 0) == (where == "disk")
+    assert report["predicted"]["devices"][0]["experts"] < 3 * 4
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibrated_checkpoints_keep_their_hottest_experts(folder: Path, machine: dict[str, Any]) -> None:
+    counts = [[1, 100, 1, 50], [70, 1, 1, 80], [1, 1, 90, 60]]
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(loading, "_expert_counts", lambda checkpoint: counts)
+        model = placed(folder, 1)
+    assert model.placement is not None
+    for resident, row in zip(model.placement.resident, counts, strict=True):
+        coldest_kept = min((row[e] for e in resident), default=max(row))
+        assert all(row[e] <= coldest_kept for e in range(4) if e not in resident)
+    for store in model.stores:
+        store.close()
+
+
+def test_a_failure_while_loading_gives_the_memory_back(
+    folder: Path, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[ExpertStore] = []
+    plain_close, plain_put = ExpertStore.close, ExpertStore.put
+
+    def put(self: ExpertStore, layer: int, expert: int) -> Tensor:
+        if layer == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain_put(self, layer, expert)
+
+    def close(self: ExpertStore) -> None:
+        closed.append(self)
+        plain_close(self)
+
+    monkeypatch.setattr(ExpertStore, "put", put)
+    monkeypatch.setattr(ExpertStore, "close", close)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        placed(folder, 3)
+    assert len(closed) == 1 and closed[0].host_nbytes == 0
+    monkeypatch.setattr(ExpertStore, "put", plain_put)
+    model = placed(folder, 3)
+    assert followed(model).isfinite().all()
+    model.stores[0].close()
+
+
+def test_a_read_that_fails_and_the_next_request(folder: Path, machine: dict[str, Any], tmp_path: Path) -> None:
+    right = followed(placed(folder))
+    record = placed(folder).placement.record_bytes  # type: ignore[union-attr]
+    machine |= {"host_bytes": 6 * record, "disk_bytes": 10**9}
+    model = placed(folder, 3, offload_folder=tmp_path)
+    (store,) = model.stores
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(bytes(len(data)))
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        followed(model)
+    assert not store._bank.slots.held
+    with path.open("r+b") as file:
+        file.write(data)
+    store._tiers.disk.seal()  # type: ignore[union-attr]  # as if nothing had been
+    assert torch.equal(followed(model), right)
+    store.close()
+
+
+def test_too_little_for_the_context(folder: Path, machine: dict[str, Any]) -> None:
+    model = placed(folder, 3)
+    assert model.placement is not None
+    model.memory_plan(64).check()
+    with pytest.raises(BudgetError, match="load the model for so large a context"):
+        model.memory_plan(100_000_000).check()
+    model.stores[0].close()
