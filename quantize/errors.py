@@ -19,3 +19,7 @@ class BudgetError(MinibbleError):
 
 class CalibrationError(MinibbleError):
     """Calibration data or statistics that cannot be used."""
+
+
+class StateError(MinibbleError):
+    """The state of a sequence that an error left unfinished."""

@@ -54,7 +54,7 @@ class Conversation:
 
     def _continue(self, rendered: str) -> tuple[list[int], Any]:
         """Ids of `rendered` and the state of their beginning: those already fed, if it continues what was said."""
-        if self._state is not None and rendered.startswith(self._rendered):
+        if self._state is not None and not self._state.broken and rendered.startswith(self._rendered):
             return self._ids + self._encode(rendered[len(self._rendered) :]), self._state
         return self._encode(rendered), None
 

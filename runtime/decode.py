@@ -64,13 +64,14 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
     The state must have started and have room; the caller counts the tokens (`state.advance`).
     """
     steps = stretches(model, inputs, state)
-    while True:
-        try:
+    try:
+        while True:
             next(steps).run()
-        except StopIteration as end:
-            model.release_experts()
-            logits: Tensor = end.value
-            return logits
+    except StopIteration as end:
+        logits: Tensor = end.value
+        return logits
+    finally:
+        model.release_experts()
 
 
 def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -> Stretches:

@@ -1,5 +1,6 @@
 """The devices that are there: which ones are meant, what they compute in, and what they offer to a plan."""
 
+import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def this_machine(
 ) -> Machine:
     """What the GPUs `devices` have free, host memory up to `host_memory` bytes, and the disk of `folder`."""
     gpus = []
+    gc.collect()  # what torch keeps of models that are gone counts as free
+    torch.cuda.empty_cache()
     for device in devices:
         free, total = torch.cuda.mem_get_info(device)
         gpus.append(Gpu(str(device), free, Gpu.of_size(0, total).read_bytes_per_s))
@@ -73,10 +76,13 @@ def gpu_bytes(device: torch.device) -> dict[str, Any]:
     }
 
 
-def cap(device: torch.device, nbytes: int | None) -> None:
-    """Let torch's allocator take at most `nbytes` of a GPU, for all of this process; None for all there are.
+def cap(device: torch.device, more: int | None) -> None:
+    """Let torch's allocator take at most `more` bytes of a GPU than it holds, for all of this process; None for all.
 
-    At the bound it first gives back what it holds for later, then fails with torch.OutOfMemoryError.
+    At the bound it first gives back what it keeps for later, then fails with torch.OutOfMemoryError. The last call
+    counts: a model loaded without a bound lifts that of the one before.
     """
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        share = 1.0 if more is None else min(1.0, (torch.cuda.memory_reserved(device) + more) / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)

@@ -13,6 +13,8 @@ from minibble.runtime.devices import the_devices
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
 
+SCORED = 64  # positions at a time: their logits over the vocabulary are 51 MB a model, those of a window 410
+
 OnWindow = Callable[[int, int], None]  # windows done, windows in all
 
 
@@ -52,16 +54,32 @@ def evaluate(
     `host_memory` and `offload_folder` place the checkpoint, as `load` says.
     """
     wide = torch.bfloat16 if the_devices(device)[0].type == "cuda" else torch.float32
+    chosen, first = dtype or wide, the_devices(device)[0]
+    source = None if against is None else load(against, device=first, dtype=chosen)  # first: what is left is planned
     model = load(
-        checkpoint, gpu_memory, device, dtype or wide, context=seq_len, host_memory=host_memory,
-        offload_folder=offload_folder,
-    )  # fmt: skip
-    source = None if against is None else load(against, device=model.device, dtype=model.dtype)
+        checkpoint, gpu_memory, device, chosen, context=seq_len, host_memory=host_memory, offload_folder=offload_folder
+    )
+    try:
+        return _compared(model, source, checkpoint, against, Path(text), seq_len, max_windows, progress)
+    finally:
+        model.close()
+
+
+def _compared(
+    model: MiniMaxForCausalLM,
+    source: MiniMaxForCausalLM | None,
+    checkpoint: str | Path,
+    against: str | Path | None,
+    text: Path,
+    seq_len: int,
+    max_windows: int | None,
+    progress: OnWindow | None,
+) -> Evaluation:
     if source is not None and source.minibble.vocab_size != model.minibble.vocab_size:
         raise CheckpointError(
             f"{against}: vocabulary of {source.minibble.vocab_size}, but {checkpoint} has {model.minibble.vocab_size}"
         )
-    windows = _windows(model, Path(text), seq_len, max_windows)
+    windows = _windows(model, text, seq_len, max_windows)
     sums = torch.zeros(4, dtype=torch.float64)
     for done, window in enumerate(windows, start=1):
         sums += _score(model, source, window.to(model.device))
@@ -91,12 +109,22 @@ def _windows(model: MiniMaxForCausalLM, text: Path, seq_len: int, limit: int | N
 @torch.no_grad()
 def _score(model: MiniMaxForCausalLM, source: MiniMaxForCausalLM | None, window: Tensor) -> Tensor:
     """Sums over a window [T]: its own loss, the source's loss, KL, agreements; float64 [4]."""
-    target = window[1:, None]
-    own = model(window[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    sums, states = torch.zeros(4, dtype=torch.float64), [m.hidden(window[None])[0, :-1] for m in (model, source) if m]
+    for start in range(0, len(window) - 1, SCORED):
+        part = slice(start, start + SCORED)
+        sums += _score_part(model, source, [h[part] for h in states], window[1:][part, None])
+    return sums
+
+
+def _score_part(
+    model: MiniMaxForCausalLM, source: MiniMaxForCausalLM | None, hidden: list[Tensor], target: Tensor
+) -> Tensor:
+    """The sums for a few positions, whose tokens to come are `target` [T, 1]."""
+    own = model.head(hidden[0], out_dtype=torch.float32).to(target.device).log_softmax(-1)
     loss = -own.gather(1, target).double().sum()
     if source is None:
         return torch.tensor([loss.item(), 0, 0, 0], dtype=torch.float64)
-    theirs = source(window[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    theirs = source.head(hidden[1], out_dtype=torch.float32).to(target.device).log_softmax(-1)
     kl = (theirs.exp() * (theirs - own)).double().sum()
     agree = (own.argmax(-1) == theirs.argmax(-1)).sum()
     source_loss = -theirs.gather(1, target).double().sum()

@@ -119,14 +119,14 @@ class Decoder:
         bound = state.bound
         self._steps += 1
         bound.used = self._steps
-        with _beside(model.devices):
+        with state.taking(), _beside(bound.devices):
             bound.fill(ids_B1, position_ids, past, valid)
             if not bound.graphs and bound.warm and self._may_capture(model):
                 self._capture(bound, model, state)
             self.taken["graph" if bound.graphs else "eager"] += 1
             logits = bound.run(model, state)
             logits = logits.to(ids_B1.device, copy=True)  # the next replay writes to the same place
-        state.advance(1, bound.valid)
+            state.advance(1, bound.seen(past, valid))
         return logits[:, None]
 
     def _knows(self, state: HybridState, ids_B1: Tensor) -> bool:
@@ -153,7 +153,7 @@ class Decoder:
 
     def _capture(self, bound: "Bound", model: "MiniMaxForCausalLM", state: HybridState) -> None:
         if not self._captured():  # a pool goes with its last graph
-            self._pools = {device: torch.cuda.graph_pool_handle() for device in model.devices}
+            self._pools = {device: torch.cuda.graph_pool_handle() for device in bound.devices}
         try:
             bound.capture(model, state, self._pools)
         except RuntimeError as error:
@@ -167,6 +167,7 @@ class Bound:
     def __init__(self, decoder: Decoder, model: "MiniMaxForCausalLM", state: HybridState, batch: int):
         self.decoder = weakref.ref(decoder)
         self.inputs = Inputs.empty(model, batch, state.capacity)
+        self.devices = list(self.inputs.on)
         self.graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Pause | None]] = []
         self.logits: Tensor | None = None
         self.warm = False
@@ -191,11 +192,11 @@ class Bound:
                 places.valid.fill_(True)
                 if valid is not None:
                     places.valid[:, :past] = valid
-        self._valid = None if valid is None else self.inputs.on[self.inputs.ids.device].valid[:, : past + 1]
 
-    @property
-    def valid(self) -> Tensor | None:
-        """The mask of all tokens with those put in last, [B, past + 1]; None where there is no padding."""
+    def seen(self, past: int, valid: Tensor | None) -> Tensor | None:
+        """The mask of all tokens with those put in last, [B, past + 1], once they are in the state; None where there is
+        no padding."""
+        self._valid = None if valid is None else self.inputs.on[self.inputs.ids.device].valid[:, : past + 1]
         return self._valid
 
     def run(self, model: "MiniMaxForCausalLM", state: HybridState) -> Tensor:
@@ -203,12 +204,14 @@ class Bound:
         if not self.graphs:
             logits, self.warm = decode_step(model, self.inputs, state), True
             return logits
-        for device, graph, pause in self.graphs:
-            with torch.cuda.device(device):
-                graph.replay()
-            if pause is not None:
-                pause.run()
-        model.release_experts()
+        try:
+            for device, graph, pause in self.graphs:
+                with torch.cuda.device(device):
+                    graph.replay()
+                if pause is not None:
+                    pause.run()
+        finally:
+            model.release_experts()
         assert self.logits is not None
         return self.logits
 
@@ -216,8 +219,9 @@ class Bound:
         """Record the step, which has been run before, on the current streams; nothing is computed yet."""
         steps, device = stretches(model, self.inputs, state), model.device
         graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Pause | None]] = []
+        logits: Tensor | None = None
         with _no_collection():
-            while self.logits is None:
+            while logits is None:
                 graph, pause = torch.cuda.CUDAGraph(), None
                 # Other threads may go on using the device, as a streamer's does.
                 with torch.cuda.device(device):
@@ -225,14 +229,14 @@ class Bound:
                     try:
                         pause = next(steps)
                     except StopIteration as end:
-                        self.logits = end.value
+                        logits = end.value
                     finally:
                         graph.capture_end()
                 graphs.append((device, graph, pause))
                 if pause is not None:
                     pause.prepare()
                     device = pause.device
-        self.graphs = graphs
+        self.graphs, self.logits = graphs, logits
 
     def release(self) -> None:
         """Give back the graphs' memory; the next steps capture them again."""
@@ -268,9 +272,11 @@ def _beside(devices: list[torch.device]) -> Iterator[None]:
         for device, caller in reversed(list(zip(gpus, callers, strict=True))):  # the first is then the current device
             _stream(device).wait_stream(caller)
             stack.enter_context(torch.cuda.stream(_stream(device)))
-        yield
-    for device, caller in zip(gpus, callers, strict=True):
-        caller.wait_stream(_stream(device))
+        try:
+            yield
+        finally:  # after an error, too: what the step was given may be freed, and it may still be running
+            for device, caller in zip(gpus, callers, strict=True):
+                caller.wait_stream(_stream(device))
 
 
 @cache

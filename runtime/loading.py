@@ -64,8 +64,10 @@ def load(
         )  # fmt: skip
         model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None)
     else:
-        if len(devices) > 1:
-            raise ConfigError(f"several devices are for 4-bit checkpoints on GPUs in bfloat16: use {devices[0]} alone")
+        placing = {"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": offload_folder}
+        unused = ", ".join(name for name, given in placing.items() if given)
+        if unused:
+            raise ConfigError(f"{unused}: only 4-bit checkpoints on GPUs in bfloat16 can be divided; leave that out")
         plan_memory(checkpoint, devices[0], dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
         model = Unfilled.on(checkpoint, devices[0], dtype)
         model.model.budget_bytes = gpu_memory

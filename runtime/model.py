@@ -4,17 +4,20 @@ Array axes: B batch, T new tokens, L tokens with the past, D hidden, V vocabular
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minibble.quantize.config import ModelConfig
 from minibble.runtime import memory
 from minibble.runtime.attention import Context, LightningAttention, SoftmaxAttention, rotations
+from minibble.runtime.devices import cap
+from minibble.runtime.experts.turns import Turns
 from minibble.runtime.graphs import Decoder
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
@@ -25,16 +28,11 @@ from minibble.runtime.moe import MoE
 from minibble.runtime.pipeline import hop
 from minibble.runtime.plan import PREFILL_CHUNK, MemoryPlan
 from minibble.runtime.planning.placement import Placement
+from minibble.runtime.presented import RuntimeConfig, presented
 from minibble.runtime.state import HybridState
 
 if TYPE_CHECKING:
     from minibble.runtime.experts.store import ExpertStore
-
-
-class RuntimeConfig(PretrainedConfig):
-    """What transformers' generation wants to know of the model; the whole config is `minibble`."""
-
-    model_type = "minibble"
 
 
 class Layer(nn.Module):
@@ -75,13 +73,14 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
-        super().__init__(_runtime_config(config, dtype))
+        super().__init__(presented(config, dtype))
         self.minibble = config
         self.prefill_chunk = PREFILL_CHUNK
         self.decoder = Decoder()
         self.budget_bytes: int | None = None  # of a device, for a model without a placement
         self.placement: Placement | None = None  # where its layers and experts are, on GPUs
         self.stores: list[ExpertStore] = []  # of experts that are not all on their device
+        self.turns = Turns()
         self.tokenizer: Any = None
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers: Any = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
@@ -154,27 +153,39 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         state = past_key_values
         if state is not None and not isinstance(state, HybridState):
             raise TypeError(f"past_key_values is a {type(state).__name__}, expected a HybridState")
-        pieces = -(-input_ids.shape[1] // self.prefill_chunk)
-        if state is None and (use_cache or pieces > 1):
+        if state is None and (use_cache or input_ids.shape[1] > self.prefill_chunk):
             state = HybridState(self.minibble, reserve=input_ids.shape[1])
-        if state is not None and state.length and input_ids.shape[1] == 1:
-            logits = self.decoder.step(self, input_ids, attention_mask, position_ids, state)
-            if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=state if use_cache is not False else None)
+        logits = None
+        with self.turns.take(self.devices) if self.stores else nullcontext():
+            if state is not None and state.length and input_ids.shape[1] == 1:
+                logits = self.decoder.step(self, input_ids, attention_mask, position_ids, state)
+            if logits is None:
+                h = self.hidden(input_ids, attention_mask, position_ids, state, logits_to_keep)
+                logits = self.head(h, out_dtype=torch.float32).to(input_ids.device)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=state if use_cache is not False else None)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        state: HybridState | None = None,
+        keep: int = 0,
+    ) -> Tensor:
+        """What goes into the head, [B, T, D] on its device, or of the last `keep` tokens alone; as in `forward`."""
         past = 0 if state is None else state.length
         mask = attention_mask_2d(attention_mask, past, input_ids, None if state is None else state.valid)
         positions = _positions(position_ids, mask, past, input_ids)
-        hidden = []
+        pieces = []
         for start in range(0, input_ids.shape[1], self.prefill_chunk):
             part = slice(start, start + self.prefill_chunk)
             ids = input_ids[:, part]
             seen = None if mask is None else mask[:, : past + start + ids.shape[1]]
-            with torch.inference_mode(not torch.is_grad_enabled()):  # a tenth less time a token on CPUs
+            taking = nullcontext() if state is None else state.taking()
+            with torch.inference_mode(not torch.is_grad_enabled()), taking:  # a tenth less time a token on CPUs
                 h = self._layers(ids, positions[:, part], seen, state)
-            hidden.append(h[:, -logits_to_keep:] if logits_to_keep else h)
-        h = (torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0])[:, -logits_to_keep:]
-        logits = self.head(h, out_dtype=torch.float32).to(input_ids.device)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=state if use_cache is not False else None)
+            pieces.append(h[:, -keep:] if keep else h)
+        return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])[:, -keep:]
 
     def _layers(self, ids: Tensor, positions: Tensor, mask: Tensor | None, state: HybridState | None) -> Tensor:
         """The normed hidden states [B, T, D] of one piece of the input, on the device of the last layer."""
@@ -216,6 +227,14 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
     def norms(self) -> list[RMSNorm]:
         """The norm before each layer, and the last one."""
         return [*(layer.input_norm for layer in self.layers), self.norm]
+
+    def close(self) -> None:
+        """Give back host memory and files of experts that are elsewhere; the model cannot be used any more."""
+        for store in self.stores:
+            store.close()
+        if self.placement is not None:
+            for plan in self.placement.devices:
+                cap(torch.device(plan.device), None)
 
     def release_experts(self) -> None:
         """Give up the experts that came for work that has been issued."""
@@ -290,25 +309,3 @@ def _positions(position_ids: Tensor | None, mask: Tensor | None, past: int, inpu
     if mask is None:
         return torch.arange(past, past + T, device=input_ids.device)[None]
     return (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-
-
-def _runtime_config(config: ModelConfig, dtype: torch.dtype) -> RuntimeConfig:
-    eos = config.eos_token_id
-    known: dict[str, Any] = {
-        "architectures": ["MiniMaxForCausalLM"],
-        "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "pad_token_id": config.pad_token_id,
-        "tie_word_embeddings": False,
-        "is_decoder": True,
-        "use_cache": True,
-    }
-    return RuntimeConfig(**known)

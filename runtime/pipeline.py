@@ -1,7 +1,7 @@
 """Layers on several devices: what goes from one to the next, one process issuing to all.
 
 Nothing here waits on the host, so while one device has a piece of a prompt, the device before has the next piece.
-docs/adr/0011-pipeline.md says why layers are divided and not matrices or experts.
+docs/adr/0012-pipeline.md says why layers are divided and not matrices or experts.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ def hop(x: Tensor, device: torch.device) -> Tensor:
         return x
     if x.device.type != "cuda" or device.type != "cuda":
         return x.to(device)
-    here, there = _stream(x.device), _stream(device)
+    here, there = _stream(x.device, "sends"), _stream(device, "receives")
     here.wait_stream(torch.cuda.current_stream(x.device))
     receiving = torch.cuda.current_stream(device)
     with torch.cuda.stream(there), torch.cuda.stream(here):
@@ -72,5 +72,6 @@ class Hop:
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """One for each: a GPU in the middle receives a piece while it still works on the one that it will send."""
     return torch.cuda.Stream(device)

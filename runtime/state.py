@@ -3,6 +3,8 @@
 Array axes: B batch, T tokens, H heads, G key-value heads, K head dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from minibble.quantize.config import ModelConfig
+from minibble.quantize.errors import StateError
 
 _GROWTH = 256  # tokens; the least by which a key-value cache grows
 
@@ -29,7 +32,8 @@ class HybridState(Cache):
 
     Once there, tensors keep their places in memory as long as the batch keeps its size and the cache its room: new
     contents are copied into them. `bound` is what somebody built on these places (a captured decode step); it is
-    dropped as soon as one of them changes, and with the state.
+    dropped as soon as one of them changes, and with the state. A `broken` state was left in the middle of a token: some
+    layers have seen it and some have not.
     """
 
     is_croppable = False
@@ -44,6 +48,7 @@ class HybridState(Cache):
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.bound: Any = None
+        self.broken = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"bound": None}  # a copy has other places
@@ -103,6 +108,20 @@ class HybridState(Cache):
         store[layer], self.bound = grown, None
         return grown
 
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """While layers see tokens, until they are counted; an error in the middle leaves the state broken.
+
+        StateError if it is broken already.
+        """
+        if self.broken:
+            raise StateError(
+                "an error left this state in the middle of a token: start a new one, or restore an earlier snapshot"
+            )
+        self.broken = True
+        yield
+        self.broken = False
+
     def advance(self, tokens: int, valid: Tensor | None) -> None:
         """Count `tokens` more, seen by every layer; `valid` [B, length + tokens] marks the real ones, if any is not."""
         self.length += tokens
@@ -120,7 +139,7 @@ class HybridState(Cache):
             for layer in ours.keys() - theirs.keys():
                 del ours[layer]
                 self.bound = None
-        self.length = saved.length
+        self.length, self.broken = saved.length, saved.broken
         self.valid = None if saved.valid is None else saved.valid.clone()
         for layer, state in saved.lightning.items():
             self._put(self.lightning, layer, state, copy=True)
@@ -192,7 +211,7 @@ class HybridState(Cache):
     def reset(self) -> None:
         """Forget every token."""
         self.lightning, self.keys, self.values = {}, {}, {}
-        self.length, self.valid, self.bound = 0, None, None
+        self.length, self.valid, self.bound, self.broken = 0, None, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: the lightning state cannot be rolled back. Take a snapshot and restore it instead."""

@@ -11,9 +11,9 @@ from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.nf4_math import zero_byte
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.devices import cap
-from minibble.runtime.experts.placement import Placement as StorePlacement
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import OffloadedTable
+from minibble.runtime.experts.tiering import Tiering
 from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.kernels.moe4.table import ExpertTable, RecordTable, record_layouts
 from minibble.runtime.layers import Embedding, Linear
@@ -49,6 +49,8 @@ class Unfilled:
         if isinstance(devices, torch.device):
             devices = [devices] * source.config.num_hidden_layers
         made = cls(source, dtype, devices)
+        for device in set(made.devices):
+            cap(device, None)
         wide = {s.layer for s in source.inventory if s.role == "expert" and s.name not in source.quantized}
         for layer in range(source.config.num_hidden_layers):
             if source.format is not None and layer not in wide:
@@ -92,7 +94,7 @@ class Unfilled:
         assert format is not None
         layouts = record_layouts(config.hidden_size, config.intermediate_size, format, self.model.dtype, device)
         assert layouts is not None, "a placement for experts that are no records"
-        tiers = StorePlacement(
+        tiers = Tiering(
             resident=dict(zip(plan.layers, plan.resident, strict=True)),
             pinned={layer: placement.pinned[layer] for layer in plan.layers},
             disk={layer: placement.disk[layer] for layer in plan.layers},
@@ -155,9 +157,8 @@ class Unfilled:
         return self.model.eval().requires_grad_(False)  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Give back what the experts' stores hold: there will be no model."""
-        for store in self.model.stores:
-            store.close()
+        """Give back what the model holds beside tensors, and the bound on them: there will be none."""
+        self.model.close()
 
 
 def _zero_rows(head: Tensor | QuantizedTensor) -> Tensor:

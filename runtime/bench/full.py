@@ -4,7 +4,6 @@ Rates come from the model's own `forward` and `generate()`, Python and sampling 
 nearly uniform logits, so that every one goes its own way through the experts.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +69,11 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
 
     Batches that the plan has no memory for are named as such.
     """
-    gc.collect()  # a model of an earlier run may hang on cycles
-    torch.cuda.empty_cache()
     source = ConfigSource.of(config, run.format)
     lengths, counts = _routing(config, run.routing)
+    longest = max(run.context + run.steps + WARM_STEPS, run.prompt)
     placement = plan_placement(
-        source, this_machine(devices, run.host_memory, run.folder), context=run.context, gpu_memory=run.gpu_memory,
+        source, this_machine(devices, run.host_memory, run.folder), context=longest, gpu_memory=run.gpu_memory,
         counts=counts, prefill_chunk=run.prefill_chunk,
     )  # fmt: skip
     used = [torch.device(plan.device) for plan in placement.devices]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from minibble.quantize.errors import BudgetError, CheckpointError
 from minibble.runtime.experts.lanes import Lane, Mark
-from minibble.runtime.experts.placement import Key, Placement, keys
 from minibble.runtime.experts.slots import Slots
 from minibble.runtime.experts.stats import ExpertStats
+from minibble.runtime.experts.tiering import Key, Tiering, keys
 from minibble.runtime.experts.tiers import Tiers, Transfer
 
 _POISON = 0xFF  # a scale made of it is NaN in every floating-point format
@@ -34,7 +34,7 @@ class _Slot:
 class Bank:
     """One buffer on `device`: the resident experts, the spare slots, and the poison that all others point to."""
 
-    def __init__(self, device: torch.device, lane: Lane, tiers: Tiers, placement: Placement, stats: ExpertStats):
+    def __init__(self, device: torch.device, lane: Lane, tiers: Tiers, placement: Tiering, stats: ExpertStats):
         self.lane, self.tiers, self.stats = lane, tiers, stats
         self.rows = {layer: row for row, layer in enumerate(placement.layers)}
         self.resident = {key: place for place, key in enumerate(keys(placement.resident))}
@@ -97,7 +97,7 @@ class Bank:
             if missing > self.room:
                 raise BudgetError(
                     f"{missing} experts of layer {wanted[0][0]} must come, {self.room} of {len(self.slots)} slots are "
-                    "free for them; require them in groups, or give the store more slots"
+                    "free for them; plan more slots"
                 )
             for key in coming:
                 self._bring(key)

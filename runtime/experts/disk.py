@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minibble.quantize import sizes
 from minibble.quantize.errors import CheckpointError
-from minibble.runtime.experts.placement import Key
+from minibble.runtime.experts.tiering import Key
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import KeysView, Set
 
-from minibble.runtime.experts.placement import Key
+from minibble.runtime.experts.tiering import Key
 
 
 class Slots:

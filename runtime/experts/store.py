@@ -1,6 +1,6 @@
 """The experts of one GPU's layers, those that fit on it and those that come when they are needed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,15 +11,15 @@ from torch import Tensor
 from minibble.quantize.errors import CheckpointError
 from minibble.runtime.experts.bank import Bank
 from minibble.runtime.experts.lanes import Lane, lane_for
-from minibble.runtime.experts.placement import Key, Placement
 from minibble.runtime.experts.stats import ExpertStats
+from minibble.runtime.experts.tiering import Key, Tiering
 from minibble.runtime.experts.tiers import Tiers
 
 ALIGNMENT = 256  # bytes; what kernels expect of a record
 
 
 class ExpertStore:
-    """Experts of `record_nbytes` each, placed by `placement`; `folder` is for those that wait on disk.
+    """Experts of `record_nbytes` each, placed by `tiering`; `folder` is for those that wait on disk.
 
     Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`. One thread
     at a time; all computing on streams that wait for each other, none of it being captured meanwhile. BudgetError where
@@ -30,20 +30,20 @@ class ExpertStore:
         self,
         device: torch.device,
         record_nbytes: int,
-        placement: Placement,
+        tiering: Tiering,
         folder: Path | None = None,
         lane: Lane | None = None,
     ):
         assert record_nbytes > 0 and record_nbytes % ALIGNMENT == 0, f"records of {record_nbytes} bytes"
-        placement.check()
-        self.device, self.record_nbytes, self.placement = device, record_nbytes, placement
+        tiering.check()
+        self.device, self.record_nbytes, self.tiering = device, record_nbytes, tiering
         lane = lane_for(device) if lane is None else lane
         self._stats, self._filled = ExpertStats(), set[Key]()
         self._sealed = self._closed = False
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
-            self._tiers = Tiers(lane, record_nbytes, placement, folder)
+            self._tiers = Tiers(lane, record_nbytes, tiering, folder)
             try:
-                self._bank = Bank(device, lane, self._tiers, placement, self._stats)
+                self._bank = Bank(device, lane, self._tiers, tiering, self._stats)
             except BaseException:
                 self._tiers.close()
                 raise
@@ -78,13 +78,6 @@ class ExpertStore:
         """Where each expert lies, int64 [E] on the device, always in the same place."""
         return self._bank.table[self._bank.rows[layer]]
 
-    def absent(self, layer: int, ids: Tensor) -> Tensor:
-        """Which of `ids`, on the device, were not there, bool of their shape: what was computed with them is NaN.
-
-        Nothing waits for the device: this answers for the work around it on the current stream.
-        """
-        return self.addresses(layer)[ids.long()] == (self.poison_address or -1)
-
     def record(self, layer: int, expert: int) -> Tensor:
         """The record of an expert that is resident, or required and not yet given up by `used`."""
         bank, key = self._bank, (layer, expert)
@@ -115,7 +108,7 @@ class ExpertStore:
 
     def seal(self) -> None:
         """Wait until every record is where it waits; CheckpointError if some have not been filled."""
-        every = {(layer, expert) for layer in self.placement.layers for expert in range(self.placement.experts)}
+        every = {(layer, expert) for layer in self.tiering.layers for expert in range(self.tiering.experts)}
         missing = sorted(every - self._filled)
         if missing:
             raise CheckpointError(
@@ -129,35 +122,13 @@ class ExpertStore:
     def require(self, layer: int, ids: Iterable[int]) -> None:
         """Let the experts `ids` be there for the computing issued from now on, until `used`.
 
-        The host waits for the disk alone. BudgetError if more must come than there are slots; see `require_groups`.
+        The host waits for the disk alone. BudgetError if more must come than there are slots.
         """
         self._advance()
         wanted = _distinct(layer, ids)
         hits = self._bank.count_hits(wanted)
         self._bank.take(wanted)
         self._count(wanted, hits)
-
-    def require_groups(self, layer: int, ids: Iterable[int]) -> Iterator[list[int]]:
-        """As `require`, in groups that fit one after the other: compute with a group, then ask for the next.
-
-        Those that are there come first; each of the others comes once, while the group before it is computed. `used`
-        is implied when the next group is asked for and when the iteration ends.
-        """
-        self._advance()
-        wanted = _distinct(layer, ids)
-        self._count(wanted, self._bank.count_hits(wanted))
-        here = [key for key in wanted if self._bank.is_here(key)]
-        rest = [key for key in wanted if not self._bank.is_here(key)]
-        size = max(1, self._bank.room // 2)  # the other half is for the group to come
-        groups = [here] if here else []
-        groups += [rest[first : first + size] for first in range(0, len(rest), size)]
-        for group, following in zip(groups, [*groups[1:], []], strict=True):
-            self._bank.take(group)
-            try:
-                self._bank.begin(following)
-                yield [expert for _, expert in group]
-            finally:
-                self.used(layer)
 
     def used(self, layer: int) -> None:
         """Give up what was required of a layer: all work that reads it has been issued."""

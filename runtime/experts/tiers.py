@@ -13,7 +13,7 @@ from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime.experts.disk import PAGE, DiskRecords
 from minibble.runtime.experts.host import HostRecords, available_nbytes
 from minibble.runtime.experts.lanes import Lane, Mark
-from minibble.runtime.experts.placement import Key, Placement, keys
+from minibble.runtime.experts.tiering import Key, Tiering, keys
 
 BUFFERS = 4  # records between disk and device at a time
 
@@ -48,7 +48,7 @@ class Tiers:
     where host memory is too short for that.
     """
 
-    def __init__(self, lane: Lane, record_nbytes: int, placement: Placement, folder: Path | None):
+    def __init__(self, lane: Lane, record_nbytes: int, placement: Tiering, folder: Path | None):
         self.lane, self.record_nbytes = lane, record_nbytes
         self.host: dict[Key, Tensor] = {}
         self.disk: DiskRecords | None = None
@@ -133,7 +133,7 @@ class Tiers:
         taken = {one.data.data_ptr() for one in self._busy}
         return next((data for data in self._buffers if data.data_ptr() not in taken), None)
 
-    def _place(self, placement: Placement, folder: Path | None) -> None:
+    def _place(self, placement: Tiering, folder: Path | None) -> None:
         waiting, on_disk = list(keys(placement.pinned)), list(keys(placement.disk))
         if on_disk:
             self._buffers = self._make_buffers()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from golden.expert_stores import CPU, RECORD, check_required, content, make, placement
+from golden.expert_stores import CPU, RECORD, absent, check_required, content, groups, make, placement
 
 from minibble.quantize.errors import BudgetError, CheckpointError
 from minibble.runtime.experts import disk, host, tiers
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Any:
 def check_all(store: ExpertStore) -> None:
     """Every expert of both layers, in groups and alone."""
     for layer in (0, 1):
-        for group in store.require_groups(layer, range(6)):
+        for group in groups(store, layer, range(6)):
             check_required(store, layer, group)
         for expert in range(6):
             store.require(layer, [expert])
@@ -82,7 +82,7 @@ def test_a_failing_read(
     with pytest.raises(CheckpointError, match=f"{store._tiers.disk.path}: expert 2 of layer 0: {text}.*load the model"):
         store.require(0, [0, 2])
     assert store.stats.failed_reads == 1 and not store._bank.slots.held
-    assert store.absent(0, torch.tensor([2])).all()
+    assert absent(store, 0, torch.tensor([2])).all()
     store.require(0, [0, 2])
     check_required(store, 0, [0, 2])
     store.used(0)
@@ -94,7 +94,7 @@ def test_a_failing_read_of_a_prefetch_is_tried_again(store: ExpertStore, monkeyp
     store.prefetch(0, [2])
     while not store.stats.failed_reads:
         store.prefetch(0, [])
-    assert faults and store.absent(0, torch.tensor([2])).all()
+    assert faults and absent(store, 0, torch.tensor([2])).all()
     check_all(store)
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from minibble.runtime.experts.lanes import HostLane, Lane, Mark
-from minibble.runtime.experts.placement import Key, Placement
 from minibble.runtime.experts.store import ExpertStore
+from minibble.runtime.experts.tiering import Key, Tiering
 
 RECORD = 512
 CPU = torch.device("cpu")
@@ -23,29 +23,51 @@ def content(key: Key, nbytes: int, device: torch.device = CPU) -> Tensor:
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device, generator=generator)
 
 
-def placement(
-    layers: int, resident: int, pinned: int, disk: int, spare: int, first: int = 0, step: int = 1
-) -> Placement:
+def placement(layers: int, resident: int, pinned: int, disk: int, spare: int, first: int = 0, step: int = 1) -> Tiering:
     """So many experts of each layer in each tier; layers are numbered from `first` in steps."""
     ids = range(first, first + layers * step, step)
     split = (range(resident), range(resident, resident + pinned), range(resident + pinned, resident + pinned + disk))
     on_device, in_memory, in_file = ({layer: list(part) for layer in ids} for part in split)
-    return Placement(on_device, in_memory, in_file, spare)
+    return Tiering(on_device, in_memory, in_file, spare)
 
 
 def fill(store: ExpertStore) -> ExpertStore:
     """Put every record and seal."""
-    for layer in store.placement.layers:
-        for expert in range(store.placement.experts):
+    for layer in store.tiering.layers:
+        for expert in range(store.tiering.experts):
             store.put(layer, expert).copy_(content((layer, expert), store.record_nbytes, store.device))
             store.done(layer, expert)
     store.seal()
     return store
 
 
-def make(where: Placement, folder: Path | None = None, lane: Lane | None = None, nbytes: int = RECORD) -> ExpertStore:
+def make(where: Tiering, folder: Path | None = None, lane: Lane | None = None, nbytes: int = RECORD) -> ExpertStore:
     """A filled store on the CPU."""
     return fill(ExpertStore(CPU, nbytes, where, folder, lane))
+
+
+def groups(store: ExpertStore, layer: int, ids: Iterable[int]) -> Iterator[list[int]]:
+    """Experts in groups that fit one after the other, each one brought once, while the group before it is in use."""
+    store._advance()
+    bank, wanted = store._bank, [(layer, expert) for expert in dict.fromkeys(ids)]
+    store._count(wanted, bank.count_hits(wanted))
+    here = [key for key in wanted if bank.is_here(key)]
+    rest = [key for key in wanted if not bank.is_here(key)]
+    size = max(1, bank.room // 2)  # the other half is for the group to come
+    parts = [here] if here else []
+    parts += [rest[first : first + size] for first in range(0, len(rest), size)]
+    for group, following in zip(parts, [*parts[1:], []], strict=True):
+        bank.take(group)
+        try:
+            bank.begin(following)
+            yield [expert for _, expert in group]
+        finally:
+            store.used(layer)
+
+
+def absent(store: ExpertStore, layer: int, ids: Tensor) -> Tensor:
+    """Which of `ids` were not there, bool of their shape, for the work around it on the current stream."""
+    return store.addresses(layer)[ids.long()] == (store.poison_address or -1)
 
 
 def check_required(store: ExpertStore, layer: int, ids: Any) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.expert_stores import check_required, content, fill, placement
+from golden.expert_stores import absent, check_required, content, fill, groups, placement
 from torch import Tensor
 
 from minibble.runtime.experts.host import HostRecords
 from minibble.runtime.experts.lanes import CudaLane
-from minibble.runtime.experts.placement import Placement
 from minibble.runtime.experts.store import ExpertStore
+from minibble.runtime.experts.tiering import Tiering
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,7 @@ class Reader:
             self.wrong += (found != self.expected[layer, expert]).sum()
 
 
-def filled(device: torch.device, where: Placement, folder: Path | None = None) -> ExpertStore:
+def filled(device: torch.device, where: Tiering, folder: Path | None = None) -> ExpertStore:
     return fill(ExpertStore(device, NBYTES, where, folder))
 
 
@@ -61,14 +61,14 @@ def test_random_traffic(cuda_device: torch.device, tmp_path: Path, tier: str, se
             reader.read(layer, ids)
             store.used(layer)
             if chance.random() < 0.1:
-                for group in store.require_groups(layer, range(EXPERTS)):
+                for group in groups(store, layer, range(EXPERTS)):
                     torch.cuda._sleep(chance.randrange(SLOW))
                     reader.read(layer, group)
         assert int(reader.wrong) == 0
         stats = store.stats
         assert stats.misses > 50 and stats.predicted_right and stats.evictions and not stats.failed_reads
         for layer in range(LAYERS):
-            for group in store.require_groups(layer, range(EXPERTS)):
+            for group in groups(store, layer, range(EXPERTS)):
                 check_required(store, layer, group)
 
 
@@ -132,7 +132,7 @@ def test_graphs_read_the_table(cuda_device: torch.device) -> None:
         gone = [expert for expert in range(1, 8) if not store._bank.is_here((2, expert))][:2]
         ids.copy_(torch.tensor(gone))
         graph.replay()
-        assert store.absent(2, ids).all() and (out == 0xFF).all()
+        assert absent(store, 2, ids).all() and (out == 0xFF).all()
 
 
 def test_host_memory_is_pinned_and_given_back(cuda_device: torch.device) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden.expert_stores import RECORD, UnrulyLane, content, fill, placement
+from golden.expert_stores import RECORD, UnrulyLane, content, fill, groups, placement
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from minibble.runtime.experts.lanes import Mark
-from minibble.runtime.experts.placement import Key, Placement
 from minibble.runtime.experts.store import ExpertStore
+from minibble.runtime.experts.tiering import Key, Tiering
 
 LAYERS, EXPERTS = 3, 6
 PINNED = placement(LAYERS, resident=2, pinned=4, disk=0, spare=3)
@@ -36,7 +36,7 @@ OPS = st.lists(
 class Machine:
     """A store and the kernels that use it; `wrong` collects what they read amiss."""
 
-    def __init__(self, where: Placement, folder: Path | None, lane: UnrulyLane):
+    def __init__(self, where: Tiering, folder: Path | None, lane: UnrulyLane):
         self.lane = lane
         self.store = fill(ExpertStore(content((0, 0), 1).device, RECORD, where, folder, lane))
         self.resident = {(layer, e) for layer, ids in where.resident.items() for e in ids}
@@ -75,7 +75,7 @@ class Machine:
             for held in list(self.held):
                 self.release(held)
             seen = []
-            for group in self.store.require_groups(layer, range(EXPERTS)):
+            for group in groups(self.store, layer, range(EXPERTS)):
                 self.kernel(layer, group)
                 self.lane.run(len(ids))
                 seen += group

@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibble.runtime.experts.placement import Key
 from minibble.runtime.experts.slots import Slots
+from minibble.runtime.experts.tiering import Key
 
 OPS = st.lists(
     st.tuples(st.sampled_from(["give", "give", "give", "touch", "drop", "hold", "free"]), st.integers(0, 5)),

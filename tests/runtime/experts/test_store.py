@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.expert_stores import CPU, RECORD, check_required, content, fill, make, placement
+from golden.expert_stores import CPU, RECORD, absent, check_required, content, fill, groups, make, placement
 
 from minibble.quantize.errors import BudgetError, CheckpointError, ConfigError
-from minibble.runtime.experts.placement import Placement
 from minibble.runtime.experts.store import ExpertStore
+from minibble.runtime.experts.tiering import Tiering
 
 MIXED = placement(layers=3, resident=2, pinned=3, disk=3, spare=4, first=1, step=7)
 
@@ -32,7 +32,7 @@ def test_every_expert_comes_back_byte_for_byte(tmp_path: Path) -> None:
 
 def test_memory_is_what_was_planned(tmp_path: Path) -> None:
     with make(MIXED, tmp_path) as store:
-        assert store.device_nbytes == (3 * 2 + 4 + 1) * RECORD + 3 * 8 * 8 == MIXED.device_nbytes(RECORD)
+        assert store.device_nbytes == (3 * 2 + 4 + 1) * RECORD + 3 * 8 * 8
         assert store.host_nbytes == 3 * 3 * RECORD + 4 * 4096
         assert store.disk_nbytes == 3 * 3 * 4096
         (file,) = tmp_path.iterdir()
@@ -42,13 +42,13 @@ def test_memory_is_what_was_planned(tmp_path: Path) -> None:
 def test_all_resident_needs_nothing_else() -> None:
     where = placement(layers=2, resident=4, pinned=0, disk=0, spare=0)
     with make(where) as store:
-        assert store.device_nbytes == 8 * RECORD + 2 * 4 * 8 == where.device_nbytes(RECORD)
+        assert store.device_nbytes == 8 * RECORD + 2 * 4 * 8
         assert store.host_nbytes == 0 and not store.poison_address
         store.require(1, [3, 0])
         check_required(store, 1, [3, 0])
-        assert not store.absent(1, torch.tensor([[3, 0]])).any()
+        assert not absent(store, 1, torch.tensor([[3, 0]])).any()
         store.used(1)
-        assert list(store.require_groups(0, [2, 1])) == [[2, 1]]
+        assert list(groups(store, 0, [2, 1])) == [[2, 1]]
         assert store.stats.hits == 4 and store.stats.misses == 0
 
 
@@ -60,7 +60,7 @@ def test_the_table_stays_in_its_place_and_says_what_is_absent() -> None:
             assert store.addresses(1).data_ptr() == table.data_ptr()
             others = [other for other in (1, 2, 3) if other != expert]
             assert all(int(table[other]) == store.poison_address for other in others)
-            absent = store.absent(1, torch.tensor([[0, expert], others], dtype=torch.int32))
+            absent = absent(store, 1, torch.tensor([[0, expert], others], dtype=torch.int32))
             assert absent.tolist() == [[False, False], [True, True]]
             store.used(1)
         assert (store.addresses(0)[1:] == store.poison_address).all()
@@ -105,7 +105,7 @@ def test_groups_bring_each_expert_once(tmp_path: Path, spare: int) -> None:
     with make(placement(layers=2, resident=2, pinned=3, disk=3, spare=spare), tmp_path) as store:
         for layer in (0, 1, 0):
             before, seen = store.stats, []
-            for group in store.require_groups(layer, [7, 0, 3, 3, 2, 5, 6]):
+            for group in groups(store, layer, [7, 0, 3, 3, 2, 5, 6]):
                 check_required(store, layer, group)
                 seen += group
             assert sorted(seen) == [0, 2, 3, 5, 6, 7]
@@ -117,7 +117,7 @@ def test_groups_bring_each_expert_once(tmp_path: Path, spare: int) -> None:
 
 def test_groups_that_are_left_early_hold_nothing(tmp_path: Path) -> None:
     with make(MIXED, tmp_path) as store:
-        for _ in store.require_groups(1, range(8)):
+        for _ in groups(store, 1, range(8)):
             break
         gc.collect()
         assert not store._bank.slots.held
@@ -132,7 +132,7 @@ def test_prefetch_is_counted_and_serves(tmp_path: Path) -> None:
         before = store.stats
         store.prefetch(8, [0, 2, 3, 2])
         assert store.stats.since(before).prefetched == 2
-        assert store.absent(8, torch.tensor([2, 3])).all()  # no kernel may read them before they are required
+        assert absent(store, 8, torch.tensor([2, 3])).all()  # no kernel may read them before they are required
         store.require(8, [0, 2, 4])
         check_required(store, 8, [0, 2, 4])
         store.used(8)
@@ -156,7 +156,7 @@ def test_the_next_group_comes_while_one_is_computed() -> None:
         store.require(1, [2, 3, 4, 5])
         store.used(1)
         coming = []
-        for group in store.require_groups(0, range(8)):
+        for group in groups(store, 0, range(8)):
             coming.append([e for e in range(2, 8) if e not in group and store._bank.is_here((0, e))])
         assert coming == [[2, 3], [4, 5], [6, 7], [4, 5]]
 
@@ -166,7 +166,7 @@ def test_the_least_recently_used_goes() -> None:
         for ids in ([0], [1], [2], [0], [3]):
             store.require(0, ids)
             store.used(0)
-        assert store.absent(0, torch.arange(5)).tolist() == [False, True, False, False, True]
+        assert absent(store, 0, torch.arange(5)).tolist() == [False, True, False, False, True]
         assert store.stats.evictions >= 1
 
 
@@ -200,7 +200,7 @@ def test_several_open_at_once_as_slots_are_spare() -> None:
 )
 def test_placements_that_cannot_be(tiers: tuple[dict, dict, dict, int], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        ExpertStore(CPU, RECORD, Placement(*tiers))
+        ExpertStore(CPU, RECORD, Tiering(*tiers))
 
 
 def test_disk_needs_a_folder() -> None:
@@ -247,7 +247,7 @@ def test_records_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(host, "PIECE_NBYTES", 3 * nbytes + 5)
     with make(placement(layers=1, resident=1, pinned=7, disk=5, spare=2), tmp_path, nbytes=nbytes) as store:
         assert store.host_nbytes == 7 * nbytes + 4 * math.ceil(nbytes / 4096) * 4096
-        for group in store.require_groups(0, range(13)):
+        for group in groups(store, 0, range(13)):
             check_required(store, 0, group)
 
 

@@ -9,7 +9,7 @@ Key = tuple[int, int]  # layer, expert
 
 
 @dataclass(frozen=True)
-class Placement:
+class Tiering:
     """Expert ids by layer, each expert of a layer in exactly one tier, and the slots that the others share.
 
     `resident` experts have a slot on the device for good. `pinned` ones wait in host memory, `disk` ones in a file;
@@ -34,13 +34,13 @@ class Placement:
     def check(self) -> None:
         """ConfigError unless every layer has experts 0 to E-1 once each, and a slot to come to if they must come."""
         if not self.layers:
-            raise ConfigError("a placement of no layer: name at least one")
+            raise ConfigError("a tiering of no layer: name at least one")
         expected = list(range(self.experts))
         for layer in self.layers:
             found = sorted(id for tier in (self.resident, self.pinned, self.disk) for id in tier.get(layer, ()))
             if found != expected:
                 raise ConfigError(
-                    f"placement of layer {layer}: found experts {found}, expected each of 0 to {len(expected) - 1} once"
+                    f"tiering of layer {layer}: found experts {found}, expected each of 0 to {len(expected) - 1} once"
                 )
         if self.spare < 0 or (self.spare == 0 and self.offloaded):
             raise ConfigError(
@@ -51,10 +51,6 @@ class Placement:
     def records(self) -> int:
         """Records on the device: residents, spare slots, and the poison that stands for all that are not there."""
         return sum(map(len, self.resident.values())) + self.spare + bool(self.offloaded)
-
-    def device_nbytes(self, record_nbytes: int) -> int:
-        """Device memory that a store takes: records, and the table of their addresses."""
-        return self.records * record_nbytes + len(self.layers) * self.experts * 8
 
     @property
     def offloaded(self) -> int:
