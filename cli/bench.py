@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from minibble.cli.options import Count, json_option, memory_options
 from minibble.cli.output import ProgressLine, emit_json, note, show
@@ -50,6 +51,15 @@ def command(ctx: click.Context, target: str | None, device: str | None, full: bo
     MODEL, a built-in name such as minimax-text-01 or a config.json, is placed within the memory given, and decodes
     and reads a prompt with random weights: what a machine would do before 912 GB are moved to it.
     """
+    kernels_only, whole_only = {"full"}, {*run}
+    misplaced = [
+        name
+        for name in (kernels_only if target is not None else whole_only)
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    ]
+    if misplaced:
+        option = f"--{min(misplaced).removesuffix('_').replace('_', '-')}"
+        raise click.UsageError(f"{option} is for {'the kernels, without a MODEL' if target else 'a whole MODEL'}", ctx)
     if target is not None:
         if run["weights"] is None:
             raise click.UsageError("say --weights dummy to measure a whole model", ctx)

@@ -20,6 +20,9 @@ class Size(click.ParamType):
 
     name = "size"
 
+    def __init__(self, least: int = 1):
+        self.least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
@@ -27,12 +30,13 @@ class Size(click.ParamType):
             nbytes = parse_size(value)
         except ConfigError as error:
             self.fail(str(error), param, ctx)
-        if nbytes <= 0:
+        if nbytes < self.least:
             self.fail(f"'{value}' is not a size above zero", param, ctx)
         return nbytes
 
 
 SIZE = Size()
+SIZE_OR_NOTHING = Size(least=0)
 
 
 class Count(click.ParamType):
@@ -124,7 +128,7 @@ def memory_options(command: F) -> F:
         ),
         click.option(
             "--host-memory",
-            type=SIZE,
+            type=SIZE_OR_NOTHING,
             metavar="SIZE",
             help="Most host memory to pin for experts that do not fit.  [default: what is free]",
         ),

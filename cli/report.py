@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minibble.cli.options import COUNT, GPUS, SIZE, json_option
+from minibble.cli.options import COUNT, GPUS, SIZE, SIZE_OR_NOTHING, json_option
 from minibble.cli.output import console, emit_json, note
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import FORMAT_NAMES, FORMAT_NOTES, PARTS, Footprint
@@ -57,11 +57,13 @@ UNITS = ((1e9, "GB", 2**30, "GiB"), (1e6, "MB", 2**20, "MiB"), (1e3, "kB", 2**10
 @click.option("--gpus", type=GPUS, metavar="LIST", help="Plan a run on these GPUs: 2x141GB, or 80GB,141GB.")
 @click.option(
     "--host-memory",
-    type=SIZE,
+    type=SIZE_OR_NOTHING,
     metavar="SIZE",
     help="Most memory to pin for experts that do not fit.  [default: what is needed]",
 )
-@click.option("--disk", type=SIZE, metavar="SIZE", help="Most bytes of experts to read from disk.  [default: none]")
+@click.option(
+    "--disk", type=SIZE_OR_NOTHING, metavar="SIZE", help="Most bytes of experts to read from disk.  [default: none]"
+)
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -96,6 +98,11 @@ def command(
         emit_json(report.to_json())
     elif html is None:
         show_report(report)
+    elif report.placement is not None:  # which the page does not show
+        from minibble.cli import report_placement
+
+        for renderable in report_placement.renderables(report.placement):
+            console().print(renderable)
 
 
 def show_report(report: "MemoryReport") -> None:

@@ -58,4 +58,4 @@ def _row(device: "DevicePlan") -> list[str]:
 
 def _elsewhere(placement: "Placement") -> list[str]:
     tiers = (("host memory", placement.pinned, placement.host_bytes), ("disk", placement.disk, placement.disk_bytes))
-    return [f"{name}: {sum(map(len, ids)):,} experts, {decimal(nbytes)}" for name, ids, nbytes in tiers if any(ids)]
+    return [f"{name}: {sum(map(len, ids)):,} experts, {decimal(nbytes)}" for name, ids, nbytes in tiers if nbytes]

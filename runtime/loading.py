@@ -17,14 +17,14 @@ from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.devices import best_dtype, the_devices, this_machine
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.plan import plan_memory
+from minibble.runtime.plan import default_prefill_chunk, plan_memory
 from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.quality import read_quality
 from minibble.runtime.unfilled import Unfilled, packs
 
 DEFAULT_CONTEXT = 4096  # tokens planned for where the caller does not say
 READERS = 4  # threads that read ahead: one alone does not keep a disk busy, and copies out of the page cache
-READ_AHEAD = 8  # matrices, of at most a few hundred MB each
+READ_AHEAD = 8  # matrices: 16-bit embedding and head of 2.5 GB each, others of at most a few hundred MB
 
 Progress = Callable[[int, int, str], None]  # bytes read, all bytes, what comes next
 
@@ -39,6 +39,7 @@ def load(
     batch: int = 1,
     host_memory: int | None = None,
     offload_folder: str | Path | None = None,
+    prefill_chunk: int | None = None,
     progress: Progress | None = None,
 ) -> MiniMaxForCausalLM:
     """The model of the checkpoint `path` (a folder, 16-bit or 4-bit, or `demo`), ready to generate.
@@ -47,7 +48,8 @@ def load(
     among several GPUs. `dtype` of activations is by default bfloat16 where the device computes in it, else float32.
     `gpu_memory` in bytes bounds what `batch` sequences of `context` tokens may take on all GPUs together, by default
     what is free there. Experts that do not fit wait in host memory, up to `host_memory` bytes pinned, and then, if
-    there is an `offload_folder`, in a file in it: kernels' layout for 4-bit checkpoints only. `progress` is called
+    there is an `offload_folder`, in a file in it: kernels' layout for 4-bit checkpoints only. Prompts go through the
+    layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. `progress` is called
     with bytes read, all bytes, and what is being read. BudgetError says what is missing where even that does not fit;
     CheckpointError names what is missing, left over or not 4-bit.
     """
@@ -60,7 +62,7 @@ def load(
         machine = this_machine(devices, host_memory, folder)
         placement = plan_placement(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
-            counts=_expert_counts(checkpoint),
+            counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,
         )  # fmt: skip
         model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None)
     else:
@@ -68,9 +70,12 @@ def load(
         unused = ", ".join(name for name, given in placing.items() if given)
         if unused:
             raise ConfigError(f"{unused}: only 4-bit checkpoints on GPUs in bfloat16 can be divided; leave that out")
-        plan_memory(checkpoint, devices[0], dtype, context=context, batch=batch, budget_bytes=gpu_memory).check()
+        chunk = prefill_chunk or default_prefill_chunk(devices[0])
+        plan_memory(
+            checkpoint, devices[0], dtype, context=context, batch=batch, prefill_chunk=chunk, budget_bytes=gpu_memory
+        ).check()
         model = Unfilled.on(checkpoint, devices[0], dtype)
-        model.model.budget_bytes = gpu_memory
+        model.model.budget_bytes, model.model.prefill_chunk = gpu_memory, chunk
     model.model.checkpoint, model.model.tokenizer = checkpoint, tokenizer
     try:
         _generation_config(model.model, checkpoint.path)

@@ -15,6 +15,7 @@ from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import OffloadedTable
 from minibble.runtime.experts.tiering import Tiering
 from minibble.runtime.kernels.linear4 import prepare
+from minibble.runtime.kernels.linear4.skinny import MAX_EXPERTS
 from minibble.runtime.kernels.moe4.table import ExpertTable, RecordTable, record_layouts
 from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.model import MiniMaxForCausalLM
@@ -28,7 +29,9 @@ def packs(source: Source, devices: Sequence[torch.device], dtype: torch.dtype) -
     if format is None or any(s.role == "expert" and s.name not in source.quantized for s in source.inventory):
         return False
     sizes = (config.hidden_size, config.intermediate_size)
-    return all(record_layouts(*sizes, format, dtype, device) is not None for device in devices)
+    return config.num_experts <= MAX_EXPERTS and all(
+        record_layouts(*sizes, format, dtype, device) is not None for device in devices
+    )
 
 
 class Unfilled:

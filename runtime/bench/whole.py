@@ -16,6 +16,7 @@ from minibble.runtime.bench.layers import fill_randomly, random_model
 from minibble.runtime.decode import Inputs, decode_step
 from minibble.runtime.devices import this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.plan import PREFILL_CHUNK_CUDA
 from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.state import HybridState
@@ -56,9 +57,11 @@ def check_offloaded(source: ConfigSource, device: torch.device, tokens: tuple[in
     Those of a prompt, and of tokens after it that go through graphs once these are captured.
     """
     machine, (T, steps) = this_machine([device]), tokens
-    whole = plan_placement(source, machine, context=T + steps)
+    whole = plan_placement(source, machine, context=T + steps, prefill_chunk=PREFILL_CHUNK_CUDA)
     less = whole.record_bytes * sum(map(len, whole.resident)) // 3
-    some = plan_placement(source, machine, context=T + steps, gpu_memory=whole.total_bytes - less)
+    some = plan_placement(
+        source, machine, context=T + steps, gpu_memory=whole.total_bytes - less, prefill_chunk=PREFILL_CHUNK_CUDA
+    )
     assert not whole.devices[0].slots and some.devices[0].slots, "nothing is off the GPU"
     ids = torch.randint(source.config.vocab_size, (3, T + steps), generator=torch.Generator().manual_seed(1))
     found = [_followed(Unfilled.placed(source, placement), ids.to(device), T) for placement in (whole, some)]

@@ -22,7 +22,7 @@ class ExpertStats:
     stall_s: float = 0.0
     device_stall_s: float = 0.0
     failed_reads: int = 0
-    buffered_reads: int = 0  # of pieces of records, where the disk refused direct ones
+    buffered_reads: int = 0  # reads and writes of pieces of records, where the disk refused direct ones
 
     @property
     def hit_rate(self) -> float:

@@ -95,12 +95,24 @@ def _model_bytes(
         else:
             key = (first.layer, first.expert)
             records[key] = records.get(key, 0) + nbytes
+    sizes = (config.hidden_size, config.intermediate_size)
+    wide = any(spec.role == "expert" and spec.name not in quantized for spec in source.inventory)
+    if format is None or (wide and len(set(records.values())) == 1) or _expert_layout(*sizes, format) is None:
+        raise ConfigError(
+            "only experts in 4 bits, in a shape that the kernels' layout holds, can be divided among GPUs, host memory "
+            "and disk: quantize them, or plan without GPUs"
+        )
     if len(set(records.values())) != 1:
         raise ConfigError(
             "the experts of this checkpoint are not all of one size, some in 4 bits and some not, so they cannot share "
             "slots: quantize all of them, or run it on one GPU that holds everything"
         )
     return ModelBytes(tuple(layers), next(iter(records.values())), outer[True], outer[False], loading)
+
+
+def _expert_layout(D: int, F: int, format: Format) -> TileLayout | None:
+    """Of an expert's down, if its gate and up have one, too."""
+    return TileLayout.of_format((F, F), D, format, True) and TileLayout.of_format((D,), F, format)
 
 
 def _module_nbytes(specs: list[TensorSpec], source: Source, dtype: torch.dtype) -> int:

@@ -93,6 +93,7 @@ class Placement:
     prefill_chunk: int
     expected_hit_rate: float
     expected_decode_tokens_per_s: float
+    other_sequences: bool = False  # than the rate is for
 
     @property
     def total_bytes(self) -> int:
@@ -100,12 +101,12 @@ class Placement:
         return sum(device.total_bytes for device in self.devices)
 
     def resized(self, source: Source, context: int, batch: int) -> "Placement":
-        """The same weights in the same places, for other sequences; not checked."""
+        """The same weights in the same places, for other sequences; not checked, and in JSON without a rate."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         demand = Demand.of(source, dtype, context, batch, self.prefill_chunk, self.host_bytes)
         parts: list[dict[str, Any]] = [{**demand.parts(d.layers.start, d.layers.stop)} for d in self.devices]
         devices = tuple(replace(d, **changed) for d, changed in zip(self.devices, parts, strict=True))
-        return replace(self, devices=devices, context=context, batch=batch)
+        return replace(self, devices=devices, context=context, batch=batch, other_sequences=True)
 
     def check(self) -> None:
         """Raise BudgetError if a GPU's total is over its budget."""
@@ -136,5 +137,5 @@ class Placement:
             "batch": self.batch,
             "prefill_chunk": self.prefill_chunk,
             "expected_hit_rate": self.expected_hit_rate,
-            "expected_decode_tokens_per_s": self.expected_decode_tokens_per_s,
+            **({} if self.other_sequences else {"expected_decode_tokens_per_s": self.expected_decode_tokens_per_s}),
         }

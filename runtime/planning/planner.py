@@ -23,6 +23,8 @@ STAGING_RECORDS = BUFFERS  # in host memory, that experts from disk pass through
 # Of one layer and token of a prompt, measured on an H100 and an H200: 8,192 tokens through 8 layers in 127 ms.
 PREFILL_S = 1.94e-6
 MOST_CHUNK = 4 * PREFILL_CHUNK_CUDA
+HALVED = 3  # times that pieces of prompts are halved where memory is short
+MOST_LOST = 0.02  # of the rate of decoding, for larger pieces of prompts
 # Pieces of a prompt overlap on several GPUs: 8,192 tokens on two H200 took 0.94 s by 2,048 at a time, 1.01 by 4,096.
 PIPELINE_PIECES = 2
 
@@ -45,23 +47,44 @@ def plan_placement(
     tokens of each expert in a calibration: the hottest stay on GPUs, then in host memory. `slots` of a GPU that misses
     experts are by default twice what a token needs, or what a layer misses if that is more. Prompts enter by
     `prefill_chunk` tokens at a time, by default as many as it takes for their work to last as long as experts take to
-    come, fewer where GPUs work on several pieces at once. GPUs that would not help are left out. BudgetError says what
-    is missing and what would fit.
+    come, if decoding loses little by the memory for it; fewer where GPUs work on several pieces at once. GPUs at the
+    end that would not help are left out. BudgetError says what is missing and what would fit; ConfigError if the
+    experts are not in 4 bits or not in a layout that the kernels read.
     """
+    everything = model_bytes(source, dtype).record_bytes * source.config.num_hidden_layers * source.config.num_experts
+    most = everything if machine.host_bytes is None else min(everything, machine.host_bytes)
 
-    def planned(chunk: int) -> Placement:
-        # Pinned memory takes some on the GPUs: first as if all experts were to be pinned, then so much as is.
-        first = _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, None)
-        return _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, first.host_bytes)
+    def planned(chunk: int, pinned_bytes: int) -> Placement:
+        return _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, pinned_bytes)
+
+    def with_some_elsewhere(chunk: int) -> Placement:
+        # Pinned memory takes some on the GPUs: first as if as much as possible were pinned, then so much as is.
+        first = planned(chunk, most)
+        second = planned(chunk, first.host_bytes)
+        return second if second.host_bytes <= first.host_bytes else first
 
     chunk = prefill_chunk or default_chunk(batch)
-    placed = planned(chunk)
-    if prefill_chunk is None and len(placed.devices) > 1 and placed.expected_hit_rate == 1:
-        return planned(max(1, chunk // PIPELINE_PIECES))
+    whole = []
+    for piece in (chunk,) if prefill_chunk else (chunk, max(1, chunk // PIPELINE_PIECES)):
+        with suppress(BudgetError):
+            whole.append(planned(piece, 0))
+    whole = [placed for placed in whole if placed.expected_hit_rate == 1]
+    if whole:
+        return whole[-1] if len(whole[-1].devices) > 1 else whole[0]
+    for piece in (chunk,) if prefill_chunk else [max(1, chunk >> halved) for halved in range(HALVED + 1)]:
+        try:
+            placed = with_some_elsewhere(piece)
+            break
+        except BudgetError as error:
+            short = error
+    else:
+        raise short
     balanced = min(_balanced_chunk(placed, machine), context * batch) // batch
     if prefill_chunk is None and balanced > chunk:
         with suppress(BudgetError):
-            return planned(balanced)
+            larger = with_some_elsewhere(balanced)
+            if larger.expected_decode_tokens_per_s > (1 - MOST_LOST) * placed.expected_decode_tokens_per_s:
+                return larger
     return placed
 
 
@@ -82,11 +105,10 @@ def _planned(
     counts: Sequence[Sequence[int]] | None,
     chunk: int,
     slots: int | None,
-    pinned_bytes: int | None,
+    pinned: int,
 ) -> Placement:
+    """The placement for pieces of `chunk` tokens if `pinned` bytes of host memory are mapped."""
     config = source.config
-    everything = config.num_hidden_layers * config.num_experts * model_bytes(source, dtype).record_bytes
-    pinned = everything if pinned_bytes is None else pinned_bytes
     limits, total = _limits(machine.gpus, gpu_memory)
     shares = shares_of(config.num_hidden_layers, config.num_experts, counts)
     needed = chances(shares, config.experts_per_token, batch)
@@ -145,20 +167,20 @@ def _placed(
     devices = tuple(_device(planner, split, index) for index in range(len(split.budgets)))
     resident = {(layer, e) for d in devices for layer, ids in zip(d.layers, d.resident, strict=True) for e in ids}
     missing = [expert for expert in planner.shares.hottest(0, planner.layers) if expert not in resident]
-    pinned = pinned_number(len(missing), machine, record)
+    staging = STAGING_RECORDS * len(devices)  # every GPU's store has buffers of its own
+    pinned = pinned_number(len(missing), machine, record, staging)
     if pinned is None:
         return None
-    in_host, on_disk = _by_layer(missing[:pinned], planner.layers), _by_layer(missing[pinned:], planner.layers)
+    in_host, on_disk = (_by_layer(part, planner.layers) for part in (missing[:pinned], missing[pinned:]))
     context, batch, chunk = run
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
     seconds += HOP_S * (len(devices) - 1)
     seconds += missed_seconds(summed(needed, in_host) * record, summed(needed, on_disk) * record, machine)
-    staging = STAGING_RECORDS if pinned < len(missing) else 0
     return Placement(
         devices=devices,
         pinned=in_host,
         disk=on_disk,
-        host_bytes=(pinned + staging) * record,
+        host_bytes=(pinned + (staging if pinned < len(missing) else 0)) * record,
         disk_bytes=(len(missing) - pinned) * record,
         record_bytes=record,
         dtype=str(dtype).removeprefix("torch."),
@@ -186,19 +208,23 @@ def _device(planner: Splitter, split: Split, index: int) -> DevicePlan:
     )
 
 
-def pinned_number(missing: int, machine: Machine, record_bytes: int) -> int | None:
-    """How many of the missing experts host memory takes, the others being on disk; None if that cannot be."""
+def pinned_number(missing: int, machine: Machine, record_bytes: int, staging: int) -> int | None:
+    """How many of the missing experts host memory takes, the others being on disk; None if that cannot be.
+
+    With some on disk `staging` records of host memory are buffers.
+    """
     room = missing if machine.host_bytes is None else machine.host_bytes // record_bytes
     if room >= missing:
         return missing
-    if machine.disk_bytes is None or room < STAGING_RECORDS:
+    if machine.disk_bytes is None or room < staging:
         return None
-    pinned = room - STAGING_RECORDS
+    pinned = room - staging
     return pinned if (missing - pinned) * record_bytes <= machine.disk_bytes else None
 
 
 def _by_layer(experts: Iterable[Expert], layers: int) -> Ids:
+    """Ids for each layer, those that come first in `experts` first."""
     ids: list[list[int]] = [[] for _ in range(layers)]
     for layer, expert in experts:
         ids[layer].append(expert)
-    return tuple(tuple(sorted(row)) for row in ids)
+    return tuple(map(tuple, ids))

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from minibble.quantize.errors import BudgetError
 from minibble.quantize.sizes import decimal
+from minibble.runtime.planning.device_bytes import MAPPED_SHARE
 from minibble.runtime.planning.machine import Machine
 from minibble.runtime.planning.split import Split, Splitter
 
@@ -63,7 +64,7 @@ def _would_do(planner: Splitter, number: int, limits: Sequence[int], total: int 
 
 def exactly(nbytes: int) -> str:
     """`nbytes` with the unit's tenths rounded up, so that so much is enough."""
-    for unit in (10**9, 10**6, 10**3):
+    for unit in (10**12, 10**9, 10**6, 10**3):
         if nbytes >= unit:
             return decimal(-(-nbytes // (unit // 10)) * (unit // 10))
     return decimal(nbytes)
@@ -92,10 +93,12 @@ def host_shortage(planner: Splitter, splits: Sequence[Split], machine: Machine, 
     missing = min(planner.layers * planner.experts - _residents(planner, split) for split in splits)
     host = machine.host_bytes or 0
     disk = (missing - max(host // record - staging, 0)) * record
+    mapped = MAPPED_SHARE * len(splits[-1].budgets)  # more pinned memory leaves less on the GPUs
+    more = int((missing * record - host) / (1 - mapped)) + record
     allowed = "" if machine.disk_bytes is None else f", the disk {decimal(machine.disk_bytes)}"
     return BudgetError(
         f"{missing} experts, {decimal(missing * record)}, fit on no GPU, and host memory may hold {decimal(host)}"
-        f"{allowed}; {exactly(missing * record - host)} more host memory would do, or about as much more GPU memory, "
+        f"{allowed}; {exactly(more)} more host memory would do, or about as much more GPU memory, "
         f"or {exactly(disk)} on disk with {exactly(staging * record)} of host memory at least"
     )
 

@@ -59,7 +59,8 @@ class Splitter:
 
     def least(self, start: int, stop: int) -> int:
         """The least bytes with which a GPU can work on these layers."""
-        return self.fixed(start, stop) + self.received(start, stop, 0) * self.demand.model.record_bytes
+        received = self.received(start, stop, 0) * self.demand.model.record_bytes
+        return min(self.fixed(start, stop) + received, self.most(start, stop))
 
     def slots(self, start: int, stop: int, resident: int) -> int:
         """How many slots a GPU needs that holds so many of the experts of these layers."""
@@ -165,6 +166,10 @@ class Splitter:
         if total is None or sum(limits) <= total:
             return tuple(limits)
         stretches = list(zip(bounds, bounds[1:], limits, strict=False))
+        wanted = [self.most(start, stop) for start, stop, _ in stretches]
+        rest = total - sum(wanted)
+        if rest >= 0 and all(most <= limit for most, limit in zip(wanted, limits, strict=True)):
+            return tuple(min(most + rest // len(wanted), limit) for most, limit in zip(wanted, limits, strict=True))
         needs = [(self.least(a, b), max(self.most(a, b) - self.least(a, b), 1), limit) for a, b, limit in stretches]
 
         def parts(level: int) -> tuple[int, ...]:

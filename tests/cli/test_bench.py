@@ -149,3 +149,11 @@ def test_lines_of_a_whole_model(cli, whole) -> None:
              "90.0 % hits", "148.50 GB in use, 149.00 planned", "batch 32: cuda:0 needs", "3,210 tokens/s")  # fmt: skip
     flat = " ".join(out.split())
     assert all(word in flat for word in words), out
+
+
+@pytest.mark.parametrize(
+    "options", [("--weights", "dummy"), ("--routing", "zipf"), ("--gpu-memory", "1GB"), ("minimax-text-01", "--full")]
+)
+def test_options_of_the_other_kind(cli, asked, whole, options: tuple[str, ...]) -> None:
+    result = cli("bench", *options)
+    assert result.exit_code == 2 and "is for" in result.stderr and not asked and not whole

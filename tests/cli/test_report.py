@@ -184,7 +184,7 @@ def test_plan_fits_a_terminal(cli, monkeypatch) -> None:
 def test_plan_that_does_not_fit_is_one_line(cli) -> None:
     result = cli("report", "minimax-text-01", "--gpu-memory", "12GB")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("minibble: error: cuda:0 needs 20.5 GB without any resident expert")
+    assert result.stderr.startswith("minibble: error: cuda:0 needs 20.0 GB without any resident expert")
     assert len(result.stderr.splitlines()) == 1
 
 

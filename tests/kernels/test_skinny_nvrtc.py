@@ -6,11 +6,12 @@ from minibble.runtime.kernels import nvrtc
 from minibble.runtime.kernels.linear4 import skinny
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "compute_80"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("warps", skinny.WARPS)
 @pytest.mark.parametrize(("kind", "columns"), [(0, 64), (1, 64), (2, 128), (2, 32)])
 @pytest.mark.parametrize(("tokens", "stride"), [(16, 256), (16, 128), (8, 128)])
-def test_variants(arch: str, kind: int, columns: int, tokens: int, stride: int) -> None:
+def test_variants(arch: str, warps: int, kind: int, columns: int, tokens: int, stride: int) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC", exc_type=ImportError)
-    kernel = skinny._kernel(skinny.WARPS[0], kind, columns, tokens, stride)
+    kernel = skinny._kernel(warps, kind, columns, tokens, stride)
     text = "\n".join(path.read_text() for path in kernel.sources)
     assert b"skinny" in nvrtc._compile(text, kernel.sources[-1].name, kernel.macros, arch)

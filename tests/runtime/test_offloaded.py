@@ -1,6 +1,9 @@
 """Models whose experts are not all on their GPU, and models on several GPUs: the same logits, to the bit."""
 
+import copy
 import os
+import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +16,11 @@ from golden.tiny_models import make as make_model
 from torch import Tensor, nn
 
 import minibble
-from minibble.quantize.errors import BudgetError, CheckpointError
+from minibble.quantize.errors import BudgetError, CheckpointError, StateError
 from minibble.runtime import graphs
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import ALL_FROM, Fetch, OffloadedTable
+from minibble.runtime.experts.turns import Turns
 from minibble.runtime.kernels.moe4 import moe4
 from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
@@ -25,6 +29,7 @@ from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 
 CPU = torch.device("cpu")
+CHUNK = 4096  # tokens at a time: memory for smaller pieces would hold all of these small experts
 
 
 # On the CPU: in which order things are asked for.
@@ -127,6 +132,52 @@ def test_a_failed_forward_gives_up_its_experts(tables: list[Seen], monkeypatch: 
     assert not tables[0].store._bank.slots.held
 
 
+def test_a_step_that_dies_between_two_pauses_gives_up_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves a state that nobody goes on with, but a snapshot can be restored to."""
+    monkeypatch.setattr(graphs, "unfused", lambda model: None)
+    model, released = make_model(eos_token_id=None), []
+    monkeypatch.setattr(MiniMaxForCausalLM, "release_experts", lambda self: released.append(self))
+    ids = torch.arange(3, 24).view(1, -1)
+    right = followed(model, ids, 5)
+    state = HybridState(model.minibble, reserve=21)
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=state)
+        saved, plain, before = state.snapshot(), model.layers[1].moe.route, len(released)
+
+        def fail(*args: Any) -> None:
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+        model.layers[1].moe.route = fail
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            model(ids[:, 5:6], past_key_values=state)
+        assert len(released) == before + 1 and state.broken
+        model.layers[1].moe.route = plain
+        for tokens in (1, 3):  # as a step, and as a prompt
+            with pytest.raises(StateError, match="restore an earlier snapshot"):
+                model(ids[:, 5 : 5 + tokens], past_key_values=state)
+        state.restore(saved)
+        logits = torch.cat([model(ids[:, t : t + 1], past_key_values=state).logits for t in range(5, 21)], dim=1)
+    assert torch.equal(logits, right[:, 5:])
+
+
+def test_one_thread_at_a_time() -> None:
+    turns, order = Turns(), []
+
+    def work(name: str) -> None:
+        with turns.take([CPU]), turns.take([CPU]):  # a forward within a forward is the same turn
+            order.append((name, "in"))
+            time.sleep(0.02)
+            order.append((name, "out"))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(order[i][0] == order[i + 1][0] and order[i][1] == "in" for i in range(0, 6, 2))
+    assert copy.deepcopy(turns) is not turns
+
+
 # On GPUs: the built-in model.
 
 
@@ -149,14 +200,9 @@ def followed(model: MiniMaxForCausalLM, ids: Tensor, prompt: int, mask: Tensor |
 
 def short_of(folder: Path, share: float) -> int:
     """GPU memory for all but that share of the experts."""
-    placed = minibble.load(folder, device="cuda:0").placement
+    placed = minibble.load(folder, device="cuda:0", prefill_chunk=CHUNK).placement
     assert placed is not None
     return placed.total_bytes - int(share * sum(map(len, placed.resident))) * placed.record_bytes
-
-
-def closed(model: MiniMaxForCausalLM) -> None:
-    for store in model.stores:
-        store.close()
 
 
 @pytest.mark.gpu
@@ -171,7 +217,7 @@ def test_logits_are_those_of_the_resident_model(
     right = followed(minibble.load(folder, device=cuda_device), ids, prompt, mask)
     record = minibble.load(folder, device=cuda_device).placement.record_bytes  # type: ignore[union-attr]
     tiers: dict[str, Any] = {"offload_folder": tmp_path, "host_memory": 6 * record} if where == "disk" else {}
-    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), **tiers)
+    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), prefill_chunk=CHUNK, **tiers)
     try:
         assert torch.equal(followed(model, ids, prompt, mask), right)
         stats = model.stores[0].stats
@@ -180,7 +226,7 @@ def test_logits_are_those_of_the_resident_model(
         report = model.memory_report(context=200, batch=3)
         assert (report["measured"]["disk_bytes"] > 0) == (where == "disk")
     finally:
-        closed(model)
+        model.close()
 
 
 @pytest.mark.gpu
@@ -191,12 +237,12 @@ def test_less_and_less_memory(cuda_device: torch.device, folder: Path) -> None:
     worked = 0
     for share in (0.2, 0.5, 0.8, 0.95, 1.0):
         try:
-            model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, share))
+            model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, share), prefill_chunk=CHUNK)
         except BudgetError as error:
             assert "would do" in str(error)
             break
         assert torch.equal(followed(model, ids, 40), right)
-        closed(model)
+        model.close()
         worked += 1
     assert worked >= 3
 
@@ -204,7 +250,7 @@ def test_less_and_less_memory(cuda_device: torch.device, folder: Path) -> None:
 @pytest.mark.gpu
 def test_generation_cancelled_in_the_middle(cuda_device: torch.device, folder: Path) -> None:
     """What was held is given up with the next step, and the next request is right."""
-    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6))
+    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), prefill_chunk=CHUNK)
     ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(2)).to(cuda_device)
     right = followed(model, ids, 20)
 
@@ -219,14 +265,19 @@ def test_generation_cancelled_in_the_middle(cuda_device: torch.device, folder: P
     with pytest.raises(KeyboardInterrupt):
         model.generate(ids, max_new_tokens=50, min_new_tokens=50, do_sample=False, streamer=Stop())
     assert torch.equal(followed(model, ids, 20), right)
-    closed(model)
+    model.close()
 
 
 @pytest.mark.gpu
 def test_a_damaged_file_and_then_a_new_request(cuda_device: torch.device, folder: Path, tmp_path: Path) -> None:
     record = minibble.load(folder, device=cuda_device).placement.record_bytes  # type: ignore[union-attr]
     model = minibble.load(
-        folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), host_memory=5 * record, offload_folder=tmp_path
+        folder,
+        device=cuda_device,
+        gpu_memory=short_of(folder, 0.6),
+        prefill_chunk=CHUNK,
+        host_memory=5 * record,
+        offload_folder=tmp_path,
     )
     ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(3)).to(cuda_device)
     right = followed(model, ids, 20)
@@ -237,7 +288,7 @@ def test_a_damaged_file_and_then_a_new_request(cuda_device: torch.device, folder
         followed(model, ids, 20)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert torch.equal(followed(model, ids, 20), right)
-    closed(model)
+    model.close()
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +296,7 @@ def test_a_damaged_file_and_then_a_new_request(cuda_device: torch.device, folder
 def test_memory_runs_out_in_the_middle(
     cuda_device: torch.device, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6))
+    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), prefill_chunk=CHUNK)
     ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(4)).to(cuda_device)
     right = followed(model, ids, 20)
     plain, calls = ExpertStore.require, []
@@ -260,7 +311,7 @@ def test_memory_runs_out_in_the_middle(
     with pytest.raises(torch.cuda.OutOfMemoryError):
         followed(model, ids, 20)
     assert torch.equal(followed(model, ids, 20), right)
-    closed(model)
+    model.close()
 
 
 @pytest.mark.gpu

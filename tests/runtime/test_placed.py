@@ -15,6 +15,7 @@ from minibble.quantize.errors import BudgetError, CheckpointError
 from minibble.quantize.formats import Format
 from minibble.quantize.job import quantize_checkpoint
 from minibble.runtime import graphs, loading, unfilled
+from minibble.runtime import model as model_module
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.kernels.moe4 import table
 from minibble.runtime.kernels.moe4.table import RecordTable
@@ -26,6 +27,7 @@ from minibble.runtime.state import HybridState
 
 IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
 PROMPT = 24
+CHUNK = 64  # tokens at a time: memory for smaller pieces would hold all of these small experts
 _read: dict[bytes, Tensor] = {}
 
 
@@ -59,10 +61,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The CPU in place of a GPU, with as much memory as is said here, and the kernels in torch."""
     there: dict[str, Any] = {"host_bytes": None, "disk_bytes": None}
     gpu = Gpu("cpu", 10**10)
-    monkeypatch.setattr(loading, "this_machine", lambda devices, host, folder: Machine((gpu,), **there))
+    monkeypatch.setattr(
+        loading, "this_machine", lambda devices, host, folder: Machine((gpu,), there["host_bytes"], there["disk_bytes"])
+    )
     for module in (table, unfilled):
         monkeypatch.setattr(module, "record_layouts", layouts)
-    monkeypatch.setattr(unfilled, "cap", lambda device, nbytes: None)
+    there["caps"] = []
+    for module in (unfilled, model_module):
+        monkeypatch.setattr(module, "cap", lambda device, nbytes: there["caps"].append((str(device), nbytes)))
     monkeypatch.setattr(graphs, "unfused", lambda model: None)
     monkeypatch.setattr(RecordTable, "__call__", by_address)
     monkeypatch.setattr(RecordTable, "decode", lambda self, *inputs: by_address(self, *inputs).float()[None])
@@ -81,12 +87,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Path:
 
 def placed(folder: Path, missing: int = 0, **options: Any) -> MiniMaxForCausalLM:
     """The model, with memory for all experts but so many."""
-    whole = load(folder, device="cpu", dtype=torch.bfloat16)
+    whole = load(folder, device="cpu", dtype=torch.bfloat16, prefill_chunk=CHUNK)
     assert whole.placement is not None and not whole.stores
     if not missing:
         return whole
     budget = whole.placement.total_bytes - missing * whole.placement.record_bytes
-    return load(folder, gpu_memory=budget, device="cpu", dtype=torch.bfloat16, **options)
+    return load(folder, budget, "cpu", torch.bfloat16, prefill_chunk=CHUNK, **options)
 
 
 @torch.no_grad()
@@ -168,6 +174,7 @@ def test_a_failure_while_loading_gives_the_memory_back(
     with pytest.raises(torch.cuda.OutOfMemoryError):
         placed(folder, 3)
     assert len(closed) == 1 and closed[0].host_nbytes == 0
+    assert machine["caps"][-2][1] > 0 and machine["caps"][-1] == ("cpu", None), "the bound is lifted again"
     monkeypatch.setattr(ExpertStore, "put", plain_put)
     model = placed(folder, 3)
     assert followed(model).isfinite().all()
@@ -192,6 +199,24 @@ def test_a_read_that_fails_and_the_next_request(folder: Path, machine: dict[str,
     store._tiers.disk.seal()  # type: ignore[union-attr]  # as if nothing had been
     assert torch.equal(followed(model), right)
     store.close()
+
+
+def test_evaluate_places_and_gives_back(folder: Path, machine: dict[str, Any], tmp_path: Path) -> None:
+    """The windows' logits come a few positions at a time, so that no plan need have room for all."""
+    from minibble.runtime import evaluate as scoring
+
+    ids = list(range(3, 63)) * 4
+    plain, budget = placed(folder), placed(folder, 3).placement
+    assert budget is not None
+    found = []
+    for memory in (None, budget.devices[0].budget_bytes):
+        with pytest.MonkeyPatch.context() as context:
+            windows = [torch.tensor(ids[i : i + 80]) for i in range(0, 240, 80)]
+            context.setattr(scoring, "_windows", lambda *args, windows=windows: windows)
+            text = tmp_path / "text"
+            found.append(scoring.evaluate(folder, text, seq_len=80, device="cpu", dtype=plain.dtype, gpu_memory=memory))
+    assert found[0] == found[1] and found[0].tokens == 3 * 79
+    assert machine["caps"][-1] == ("cpu", None)
 
 
 def test_too_little_for_the_context(folder: Path, machine: dict[str, Any]) -> None:

@@ -52,7 +52,9 @@ class TiledLinear:
     def partial(self, x_MK: Tensor) -> Tensor:
         """Sums over parts of K that add up to the product, float32 [S, M, N], of x bfloat16 [M, K]."""
         M = len(x_MK)
-        if not 0 < M <= self._few(x_MK.device):
+        if not M:
+            return torch.zeros(1, 0, self.shape[0], device=x_MK.device)
+        if self._few(x_MK.device) < M:
             return self._product(x_MK, torch.float32).unsqueeze(0)
         splits = skinny.splits_for(self.layout, M, x_MK.device)
         out = torch.empty(splits, M, self.shape[0], device=x_MK.device)

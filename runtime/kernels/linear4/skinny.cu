@@ -12,7 +12,7 @@
 // Macros: WARPS; TOKENS of a job, 8 or 16; TABLE_STRIDE, 128 or 256; SCALE_KIND 0 double quantization, 1 float32,
 // 2 float16; SCALE_COLUMNS of one scale.
 
-// The tables come with the launch: nothing is read from memory before the ids are.
+// The tables come with the launch: but for the addresses of matrices nothing is read from memory before the ids are.
 __device__ void fill_tables(const Args& a, const Shared& sh, int lane, int warp) {
 #if SCALE_KIND != 2
     for (int first = warp * 32; first < 256; first += THREADS) {

@@ -71,7 +71,8 @@ class _Args(ctypes.Structure):
 class Operand:
     """Where a matrix lies: in `data`, or one of each expert `start` bytes after the addresses in `table`, int64 [E].
 
-    Weights and addresses are read before the kernel ahead has ended: they must not be what it writes.
+    Weights and addresses are read before the kernel ahead has ended, and so are the ids of DOWN: they must not be what
+    it writes.
     """
 
     layout: TileLayout

@@ -53,7 +53,7 @@ __device__ inline void barrier_arrive_after_copies(u64* bar) {
 __device__ inline void barriers_ready() {}
 #endif
 
-// 4 or 16 bytes, without waiting for them; zeros if not `there`.
+// 4 or 16 bytes, without waiting for them; zeros instead of those that are not `there`.
 __device__ inline void copy_4(char* to, const char* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }

@@ -147,7 +147,7 @@ __device__ int jobs_of_many(const Args& a, Shared& sh, int pairs) {
     return jobs;
 }
 
-// Groups the pairs by expert and cuts each expert's into jobs of at most 8; returns the number of jobs.
+// Groups the pairs by expert and cuts each expert's into jobs of at most TOKENS; returns the number of jobs.
 __device__ int make_jobs(const Args& a, Shared& sh, const char* matrix, int expert) {
     int pairs = a.M * a.active, tid = threadIdx.x, jobs = 0;
     if (a.ids == nullptr) {

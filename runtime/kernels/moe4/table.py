@@ -14,6 +14,7 @@ from minibble.quantize.formats import Format
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decoded import linear_decoded
+from minibble.runtime.kernels.nvrtc import KernelError
 from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
 if TYPE_CHECKING:
@@ -75,18 +76,20 @@ class RecordTable:
             return torch.zeros(1, 0, self.down.N, device=device)
         most = skinny.most_tokens(self.gate_up, device, True, A, E)
         most = min(most, skinny.most_tokens(self.down, device, False, A, E))
+        if not most:
+            raise KernelError(f"{device}: too little shared memory for one token through these experts")
         if most < M:  # cards with less shared memory than Hopper's take them in turns
             each = zip(y_MD.split(most), ids_MA.split(most), weights_MA.split(most), strict=True)
             return torch.cat([self.decode(*some).sum(0, keepdim=True) for some in each], dim=1)
         h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
+        # Made contiguous before the first launch: the second one reads the ids while that is still under way.
+        ids_MA, weights_MA = ids_MA.contiguous(), weights_MA.contiguous()
         gate_up = skinny.Operand(self.gate_up, table=self.addresses)
-        skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA.contiguous())
+        skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA)
         splits = skinny.splits_for(self.down, M, device, A, E)
         parts = torch.empty(A * splits, M, self.down.N, device=device)
         down = skinny.Operand(self.down, table=self.addresses, start=self.gate_up.nbytes)
-        skinny.launch(
-            down, skinny.DOWN, h, parts, ids=ids_MA.contiguous(), weights=weights_MA.contiguous(), splits=splits
-        )
+        skinny.launch(down, skinny.DOWN, h, parts, ids=ids_MA, weights=weights_MA, splits=splits)
         return parts
 
     def _one_by_one(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class ExpertTable(RecordTable):
     ) -> "ExpertTable | None":
         """Room for experts in `format`; None where the fused kernels cannot take them or activations of `dtype`."""
         layouts = record_layouts(D, F, format, dtype, device)
-        return None if layouts is None else cls(experts, *layouts, device)
+        return None if layouts is None or experts > skinny.MAX_EXPERTS else cls(experts, *layouts, device)
 
     def __init__(self, experts: int, gate_up: TileLayout, down: TileLayout, device: torch.device):
         self.records = torch.empty(experts, gate_up.nbytes + down.nbytes, dtype=torch.uint8, device=device)

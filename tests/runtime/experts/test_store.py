@@ -60,8 +60,8 @@ def test_the_table_stays_in_its_place_and_says_what_is_absent() -> None:
             assert store.addresses(1).data_ptr() == table.data_ptr()
             others = [other for other in (1, 2, 3) if other != expert]
             assert all(int(table[other]) == store.poison_address for other in others)
-            absent = absent(store, 1, torch.tensor([[0, expert], others], dtype=torch.int32))
-            assert absent.tolist() == [[False, False], [True, True]]
+            gone = absent(store, 1, torch.tensor([[0, expert], others], dtype=torch.int32))
+            assert gone.tolist() == [[False, False], [True, True]]
             store.used(1)
         assert (store.addresses(0)[1:] == store.poison_address).all()
 
@@ -78,7 +78,7 @@ def test_more_than_the_slots(tmp_path: Path) -> None:
     with make(MIXED, tmp_path) as store:
         store.require(8, [2])
         store.used(8)
-        with pytest.raises(BudgetError, match=r"5 experts of layer 1 must come, 4 of 4 slots are free .* in groups"):
+        with pytest.raises(BudgetError, match=r"5 experts of layer 1 must come, 4 of 4 slots are free for them"):
             store.require(1, [0, 2, 3, 4, 5, 6])
         assert not store._bank.slots.held
         store.require(1, [0, 1, 2, 3, 4, 5])

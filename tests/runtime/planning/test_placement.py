@@ -19,6 +19,7 @@ from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.placement import Placement
 from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.planning.rates import DECODED_BYTES_PER_S, gpu_seconds
+from minibble.runtime.planning.shortage import exactly
 
 GB = 10**9
 CONFIG = builtin_config("minimax-text-01")
@@ -106,14 +107,16 @@ def test_more_budget_never_lowers_the_hit_rate(sizes, total, more, run, counts, 
     gpus = tuple(Gpu(f"cuda:{index}", size, 3e12) for index, size in enumerate(sizes))
     larger = tuple(replace(gpu, memory_bytes=gpu.memory_bytes + more) for gpu in gpus)
     try:
-        before = plan_placement(NF4, Machine(gpus), gpu_memory=total if which == "all" else None, counts=counts, **run)
+        before = plan_placement(
+            NF4, Machine(gpus), gpu_memory=total if which == "all" else None, counts=counts, prefill_chunk=4096, **run
+        )
     except BudgetError:
         assume(False)
         return
     if which == "all":
-        after = plan_placement(NF4, Machine(gpus), gpu_memory=total + more, counts=counts, **run)
+        after = plan_placement(NF4, Machine(gpus), gpu_memory=total + more, counts=counts, prefill_chunk=4096, **run)
     else:
-        after = plan_placement(NF4, Machine(larger), counts=counts, **run)
+        after = plan_placement(NF4, Machine(larger), counts=counts, prefill_chunk=4096, **run)
     assert after.expected_hit_rate >= before.expected_hit_rate
 
 
@@ -256,7 +259,7 @@ def test_host_memory_that_is_too_small() -> None:
     more = round(float(str(error.value).split("; ")[1].split()[0]) * 1e9)
     assert plan_placement(NF4, replace(machine, host_bytes=100 * GB + more), context=4096).host_bytes <= 100 * GB + more
     with pytest.raises(BudgetError):
-        plan_placement(NF4, replace(machine, host_bytes=100 * GB + more - GB // 5), context=4096)
+        plan_placement(NF4, replace(machine, host_bytes=100 * GB + more - 2 * GB), context=4096)
     placement = plan_placement(NF4, replace(machine, disk_bytes=130 * GB), context=4096)
     assert placement.host_bytes <= 100 * GB and placement.disk_bytes > 100 * GB
     with pytest.raises(BudgetError, match=r"the disk 1\.0 GB"):
@@ -296,3 +299,49 @@ def test_mixed_experts_are_refused() -> None:
     some = NF4.quantized - {"model.layers.3.block_sparse_moe.experts.1.w2.weight"}
     with pytest.raises(ConfigError, match="not all of one size"):
         plan_placement(replace(NF4, quantized=some), TWO, context=1)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("context", [100, 8192, 200_000])
+def test_a_plan_fits_into_its_own_total(number: int, context: int) -> None:
+    machine = Machine.of_sizes((300 * GB,) * number)
+    free = plan_placement(NF4, machine, context=context)
+    again = plan_placement(NF4, machine, context=context, gpu_memory=free.total_bytes)
+    assert free.expected_hit_rate == again.expected_hit_rate == 1
+    assert again.total_bytes <= free.total_bytes and again.host_bytes == 0
+
+
+def test_every_gpu_has_buffers_for_the_disk() -> None:
+    machine = Machine.of_sizes((48 * GB, 48 * GB), host_bytes=60 * GB, disk_bytes=200 * GB)
+    placement = plan_placement(NF4, machine, context=4096)
+    taken = sum(map(len, placement.pinned)) + 4 * len(placement.devices)
+    assert len(placement.devices) == 2 and taken * placement.record_bytes == placement.host_bytes <= 60 * GB
+
+
+def test_little_host_memory_is_not_counted_as_much() -> None:
+    """What cannot be pinned takes no page tables: 20.2 GB are enough."""
+    machine = replace(Machine.of_sizes((141 * GB,), host_bytes=2 * GB), disk_bytes=400 * GB)
+    placement = plan_placement(NF4, machine, context=4096, gpu_memory=20_200_000_000)
+    assert placement.devices[0].overhead_bytes < 900_000_000
+
+
+def test_larger_pieces_cost_little() -> None:
+    """Pieces of a prompt grow only where decoding hardly loses by the memory for them."""
+    for gb in (22, 23.7, 23.71, 24, 60, 140):
+        placement = plan_placement(NF4, Machine.of_sizes((int(gb * GB),)), context=32768)
+        small = plan_placement(NF4, Machine.of_sizes((int(gb * GB),)), context=32768, prefill_chunk=4096)
+        assert placement.expected_decode_tokens_per_s > 0.98 * small.expected_decode_tokens_per_s
+
+
+def test_the_hottest_of_a_layer_are_pinned_first() -> None:
+    uses = zipf(3, 1.0)
+    placement = plan_placement(NF4, Machine.of_sizes((48 * GB,)), context=4096, counts=uses)
+    for row, ids in zip(uses, placement.pinned, strict=True):
+        assert [row[e] for e in ids] == sorted((row[e] for e in ids), reverse=True)
+
+
+@pytest.mark.parametrize("missing_bytes", [999_949_999, 1_234_500_000_001, 10**12 - 1])
+def test_amounts_are_rounded_up(missing_bytes: int) -> None:
+    from minibble.quantize.sizes import parse_size
+
+    assert parse_size(exactly(missing_bytes).replace(" ", "")) >= missing_bytes
