@@ -38,8 +38,7 @@ class Machine:
     """What is there for a model. `gpus` are used from the first on, in this order.
 
     `host_bytes` is the most to pin in host memory, None for whatever is needed; `disk_bytes` the most that experts
-    read from disk again and again may take there, None if none may. With `cpu_expert_bytes_per_s` the processor
-    works on pinned experts itself where that is quicker than copying them.
+    read from disk again and again may take there, None if none may.
     """
 
     gpus: tuple[Gpu, ...]
@@ -47,7 +46,6 @@ class Machine:
     disk_bytes: int | None = None
     copy_bytes_per_s: float = COPY_BYTES_PER_S
     disk_bytes_per_s: float = DISK_BYTES_PER_S
-    cpu_expert_bytes_per_s: float | None = None
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], host_bytes: int | None = None, disk_bytes: int | None = None) -> "Machine":

@@ -12,7 +12,7 @@ from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source
 from minibble.runtime.planning.device_bytes import Demand, default_chunk, model_bytes
 from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.placement import DevicePlan, Ids, Placement
-from minibble.runtime.planning.rates import HOP_S, chances, missed_seconds, summed
+from minibble.runtime.planning.rates import HOP_S, STEP_S, chances, missed_seconds, summed
 from minibble.runtime.planning.shares import Expert, shares_of
 from minibble.runtime.planning.shortage import gpu_shortage, host_shortage
 from minibble.runtime.planning.split import Split, Splitter
@@ -174,8 +174,8 @@ def _placed(
     in_host, on_disk = (_by_layer(part, planner.layers) for part in (missing[:pinned], missing[pinned:]))
     context, batch, chunk = run
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
-    seconds += HOP_S * (len(devices) - 1)
-    seconds += missed_seconds(summed(needed, in_host) * record, summed(needed, on_disk) * record, machine)
+    seconds += HOP_S * (len(devices) - 1) + STEP_S
+    seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), record, machine)
     return Placement(
         devices=devices,
         pinned=in_host,

@@ -7,11 +7,13 @@ from minibble.runtime.planning.shares import UNIT, Shares
 
 # Kernels for few tokens read 4-bit weights at this share of what reading alone reaches, and at most at the rate at
 # which Hopper's processors decode them; a layer's small kernels and gaps are the rest of its time. Together: 306 MB
-# take the measured 137 us on an H100 and 126 on an H200 (docs/performance.md).
-READ_SHARE = 0.80
-DECODED_BYTES_PER_S = 2.75e12
+# take the measured 133 us on an H100 and 108 on an H200 (docs/performance.md).
+READ_SHARE = 0.84
+DECODED_BYTES_PER_S = 3.3e12
 LAYER_S = 15e-6
 HOP_S = 45e-6  # the hidden state from one GPU to the next: 12 KiB, measured between two H200
+STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0 ms, 9.4 by the above
+MISS_S = 0.13e-3  # from the router's choice to the copy, and a layer that waits: 9 ms with 69 missed, 2.3 with 12
 
 
 def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
@@ -19,10 +21,12 @@ def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
     return nbytes / min(READ_SHARE * gpu.read_bytes_per_s, DECODED_BYTES_PER_S) + layers * LAYER_S
 
 
-def missed_seconds(pinned_bytes: float, disk_bytes: float, machine: Machine) -> float:
-    """Time for a step's experts that are not on their GPU. A layer's copies wait for its router, and it for them."""
-    pinned_rate = max(machine.copy_bytes_per_s, machine.cpu_expert_bytes_per_s or 0)
-    return pinned_bytes / pinned_rate + disk_bytes / min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
+def missed_seconds(pinned: float, on_disk: float, record_bytes: int, machine: Machine) -> float:
+    """Time for so many of a step's experts that are in host memory and on disk. A layer's copies wait for its router,
+    and it for them."""
+    rate = min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
+    copied_s = record_bytes * (pinned / machine.copy_bytes_per_s + on_disk / rate)
+    return copied_s + MISS_S * (pinned + on_disk)
 
 
 def chances(shares: Shares, experts_per_token: int, batch: int) -> list[list[float]]:
