@@ -169,6 +169,36 @@ def _judge(findings: Findings) -> None:
         if size:
             fits = findings.can if size >= running else findings.cannot
             fits.append(f"hold it whole in {name}: {decimal(running)} with 8,192 tokens, {decimal(size)} are there")
+    if any(gpu["path"] != "decode" for gpu in findings.gpus):
+        _judge_running(findings)
+
+
+def _judge_running(findings: Findings) -> None:
+    """How 4-bit MiniMax-Text-01 would run on the GPUs, with experts in host memory where they do not fit."""
+    from minibble.quantize.builtin import builtin_config
+    from minibble.quantize.errors import BudgetError
+    from minibble.runtime.devices import HOST_MARGIN_NBYTES
+    from minibble.runtime.experts.host import available_nbytes
+    from minibble.runtime.planning.device_bytes import ConfigSource
+    from minibble.runtime.planning.machine import Gpu, Machine
+    from minibble.runtime.planning.planner import plan_placement
+
+    gpus = tuple(
+        Gpu(f"cuda:{index}", gpu["free_bytes"], Gpu.of_size(index, gpu["memory_bytes"]).read_bytes_per_s)
+        for index, gpu in enumerate(findings.gpus)
+    )
+    machine = Machine(gpus, host_bytes=max(0, available_nbytes() - HOST_MARGIN_NBYTES))
+    source = ConfigSource.of(builtin_config("minimax-text-01"), "nf4-dq")
+    try:
+        placement = plan_placement(source, machine, context=8192)
+    except BudgetError as error:
+        findings.cannot.append(f"run it on the GPUs as they are now: {error}")
+        return
+    elsewhere = f"{decimal(placement.host_bytes)} of experts in host memory, " if placement.host_bytes else ""
+    findings.can.append(
+        f"run it on {len(placement.devices)} of {len(gpus)} GPUs as they are now: {elsewhere}"
+        f"{placement.expected_decode_tokens_per_s:.3g} tokens/s expected (minibble report says more)"
+    )
 
 
 def findings_json(findings: Findings) -> dict[str, Any]:
