@@ -98,11 +98,6 @@ def command(
         emit_json(report.to_json())
     elif html is None:
         show_report(report)
-    elif report.placement is not None:  # which the page does not show
-        from minibble.cli import report_placement
-
-        for renderable in report_placement.renderables(report.placement):
-            console().print(renderable)
 
 
 def show_report(report: "MemoryReport") -> None:

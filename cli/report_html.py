@@ -3,7 +3,7 @@
 from html import escape
 from typing import TYPE_CHECKING
 
-from minibble.cli import report_quality
+from minibble.cli import report_placement, report_quality
 from minibble.cli.report import columns, count, headline, units
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import FORMAT_NOTES, PARTS, Footprint, kv_cache_bytes
@@ -70,12 +70,29 @@ def page(report: "MemoryReport") -> str:
 <section><h2>Where the bytes go</h2>{_format_bars(shown)}</section>
 <section><h2>In numbers</h2>{_table(report, shown)}{_notes(shown)}</section>
 <section><h2>Running it</h2>{_running(report)}</section>
+{_placed(report)}
 <section><h2>Layers</h2>{_layers(report)}</section>
 {extra}
 </main>
 </body>
 </html>
 """
+
+
+def _placed(report: "MemoryReport") -> str:
+    """Which layers and experts go where, if that was asked."""
+    placement = report.placement
+    if placement is None:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("GPU, in GB", *report_placement.HEAD))
+    rows = (
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in report_placement.row(device)) + "</tr>"
+        for device in placement.devices
+    )
+    below = (*report_placement.elsewhere(placement), report_placement.expected_text(placement))
+    lines = "".join(f'<p class="soft">{escape(line)}</p>' for line in below)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<section><h2>On these GPUs</h2><div class="wide">{table}</div>{lines}</section>'
 
 
 def _tiles(report: "MemoryReport") -> str:

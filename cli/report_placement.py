@@ -20,9 +20,12 @@ COLUMNS = {
 GB = 1e9
 
 
+HEAD = ("layers", "experts\n(a layer)", "slots", *COLUMNS, "total", "free")
+
+
 def renderables(placement: "Placement") -> "list[RenderableType]":
     """A row for each GPU, a line for host memory and disk, and what to expect."""
-    return [_table(placement), *_elsewhere(placement), expected_text(placement)]
+    return [_table(placement), *elsewhere(placement), expected_text(placement)]
 
 
 def expected_text(placement: "Placement") -> str:
@@ -34,20 +37,8 @@ def expected_text(placement: "Placement") -> str:
     )
 
 
-def _table(placement: "Placement") -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("GPU\nin GB", no_wrap=True)
-    for name in ("layers", "experts\n(a layer)", "slots", *COLUMNS, "total", "free"):
-        table.add_column(f" {name}", justify="right", no_wrap=True, style="bold" if name == "total" else "")
-    for device in placement.devices:
-        table.add_row(*_row(device))
-    return table
-
-
-def _row(device: "DevicePlan") -> list[str]:
+def row(device: "DevicePlan") -> list[str]:
+    """The GPU, and what belongs under each of HEAD, sizes in GB."""
     sizes = [sum(device.parts[part] for part in parts) for parts in COLUMNS.values()]
     sizes += [device.total_bytes, device.budget_bytes - device.total_bytes]
     fewest, most = min(map(len, device.resident)), max(map(len, device.resident))
@@ -56,6 +47,20 @@ def _row(device: "DevicePlan") -> list[str]:
     return [device.device, *counts, *(f"{size / GB:.2f}" for size in sizes)]
 
 
-def _elsewhere(placement: "Placement") -> list[str]:
+def elsewhere(placement: "Placement") -> list[str]:
+    """What host memory and disk hold, a line each if anything."""
     tiers = (("host memory", placement.pinned, placement.host_bytes), ("disk", placement.disk, placement.disk_bytes))
     return [f"{name}: {sum(map(len, ids)):,} experts, {decimal(nbytes)}" for name, ids, nbytes in tiers if nbytes]
+
+
+def _table(placement: "Placement") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("GPU\nin GB", no_wrap=True)
+    for name in HEAD:
+        table.add_column(f" {name}", justify="right", no_wrap=True, style="bold" if name == "total" else "")
+    for device in placement.devices:
+        table.add_row(*row(device))
+    return table

@@ -203,3 +203,13 @@ def test_what_is_no_count_or_gpu_is_wrong_usage(cli, option: str, value: str) ->
     result = cli("report", "minimax-text-01", option, value)
     assert result.exit_code == 2
     assert value in result.stderr or "N" in result.stderr
+
+
+def test_plan_in_the_page(cli, tmp_path) -> None:
+    page = tmp_path / "report.html"
+    options = ("--gpus", "2x141GB", "--gpu-memory", "228GB", "--html", page)
+    assert cli("report", "minimax-text-01", *options).exit_code == 0
+    text = page.read_text()
+    assert "On these GPUs" in text and "<td>cuda:1</td>" in text and "host memory: 188 experts" in text
+    assert cli("report", "minimax-text-01", "--html", page).exit_code == 0
+    assert "On these GPUs" not in page.read_text()
