@@ -153,7 +153,7 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         state = past_key_values
         if state is not None and not isinstance(state, HybridState):
             raise TypeError(f"past_key_values is a {type(state).__name__}, expected a HybridState")
-        if state is None and (use_cache or input_ids.shape[1] > self.prefill_chunk):
+        if state is None and use_cache:
             state = HybridState(self.minibble, reserve=input_ids.shape[1])
         logits = None
         with self.turns.take(self.devices) if self.stores else nullcontext():
@@ -173,6 +173,8 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
         keep: int = 0,
     ) -> Tensor:
         """What goes into the head, [B, T, D] on its device, or of the last `keep` tokens alone; as in `forward`."""
+        if state is None and input_ids.shape[1] > self.prefill_chunk:
+            state = HybridState(self.minibble, reserve=input_ids.shape[1])  # between the pieces
         past = 0 if state is None else state.length
         mask = attention_mask_2d(attention_mask, past, input_ids, None if state is None else state.valid)
         positions = _positions(position_ids, mask, past, input_ids)

@@ -15,6 +15,8 @@ from torch import Tensor
 from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import CheckpointError, ConfigError
 from minibble.quantize.job import quantize_checkpoint
+from minibble.runtime import evaluate as scoring
+from minibble.runtime import loading
 from minibble.runtime.evaluate import evaluate
 
 TEXT = "The quick brown fox jumps over the lazy dog; ümläute count as several bytes.\n" * 5
@@ -97,6 +99,18 @@ def test_without_a_source(quantized: Path, text: Path) -> None:
     assert (result.kl, result.top1_agreement, result.source_perplexity) == (None, None, None)
     alone = evaluate(quantized, text, quantized, seq_len=SEQ_LEN, max_windows=2)
     assert alone.perplexity == result.perplexity
+
+
+def test_windows_in_pieces(source: Path, quantized: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows longer than what goes through the layers at a time, and than what is scored at a time."""
+    whole = evaluate(quantized, text, source, seq_len=SEQ_LEN)
+    monkeypatch.setattr(loading, "default_prefill_chunk", lambda device: 7)
+    monkeypatch.setattr(scoring, "SCORED", 10)
+    pieces = evaluate(quantized, text, source, seq_len=SEQ_LEN)
+    assert pieces.tokens == whole.tokens and pieces.top1_agreement == whole.top1_agreement
+    assert pieces.perplexity == pytest.approx(whole.perplexity, rel=1e-5) and pieces.kl == pytest.approx(
+        whole.kl, rel=1e-3
+    )
 
 
 def test_progress_counts_windows(source: Path, text: Path) -> None:
