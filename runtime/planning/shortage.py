@@ -59,7 +59,8 @@ def _would_do(planner: Splitter, number: int, limits: Sequence[int], total: int 
     ]
     short = 0 if total is None else sum(least) - total
     wanted = small if short <= 0 else [*small, f"{exactly(short)} more in all"]
-    return f"{' and '.join(wanted)} would do"
+    rest = " (or leave out the GPUs that are too small)" if small and len(planner.gpus) > len(small) else ""
+    return f"{' and '.join(wanted)} would do{rest}"
 
 
 def exactly(nbytes: int) -> str:

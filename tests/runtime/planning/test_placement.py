@@ -344,3 +344,10 @@ def test_amounts_are_rounded_up(missing_bytes: int) -> None:
     from minibble.quantize.sizes import parse_size
 
     assert parse_size(exactly(missing_bytes).replace(" ", "")) >= missing_bytes
+
+
+def test_a_gpu_that_is_too_small_comes_first() -> None:
+    """It is not skipped, since the order is the user's; the error says what to do."""
+    with pytest.raises(BudgetError, match=r"more on cuda:0 would do \(or leave out the GPUs that are too small\)"):
+        plan_placement(NF4, Machine.of_sizes((6 * GB, 141 * GB)), context=4096)
+    assert len(plan_placement(NF4, Machine.of_sizes((141 * GB, 6 * GB)), context=4096).devices) == 1
