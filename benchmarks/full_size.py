@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--runs", default="all:uniform", help="GPU memory, such as 228GB, and routing, uniform or zipf")
     parser.add_argument("--host-memory", type=parse_size, help="bytes of host memory to pin at most")
     parser.add_argument("--folder", type=Path, help="for experts that wait on disk")
+    parser.add_argument("--cpu-experts", action="store_true", help="let the CPU compute some of the missing experts")
     parser.add_argument("--format", default="nf4-dq")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batches", default="1")
@@ -50,7 +51,8 @@ def main() -> None:
         run = full.Run(
             format=options.format, gpu_memory=None if memory == "all" else parse_size(memory),
             host_memory=options.host_memory,
-            folder=options.folder, routing=routing, context=options.context, steps=options.steps,
+            folder=options.folder, cpu_experts=options.cpu_experts, routing=routing,
+            context=options.context, steps=options.steps,
             batches=tuple(map(int, options.batches.split(","))), prompt=options.prompt, prefill_chunk=options.chunk,
         )  # fmt: skip
         result["runs"].append(full.measure(config, devices, run, say))

@@ -94,8 +94,8 @@ def _whole(target: str, device: str | None, as_json: bool, run: dict[str, Any]) 
     devices = the_devices(device)
     asked = full.Run(
         format=run["format_"], gpu_memory=run["gpu_memory"], host_memory=run["host_memory"],
-        folder=run["offload_folder"], routing=run["routing"], context=run["context"], batches=batches,
-        steps=run["steps"], prompt=run["prompt_tokens"],
+        folder=run["offload_folder"], cpu_experts=run["cpu_experts"], routing=run["routing"],
+        context=run["context"], batches=batches, steps=run["steps"], prompt=run["prompt_tokens"],
     )  # fmt: skip
     config = memory_report(target).config
     result = {"hardware": [gpu.hardware(d) for d in devices], "versions": gpu.versions(), "model": target}

@@ -121,7 +121,7 @@ def devices_option(command: F) -> F:
 
 
 def memory_options(command: F) -> F:
-    """`--gpu-memory`, `--host-memory` and `--offload-folder`: what a model may take, and where the rest waits."""
+    """What a model may take on GPUs and in host memory, and what is done with the rest."""
     options = (
         click.option(
             "--gpu-memory", type=SIZE, metavar="SIZE", help="Most memory to take on all GPUs.  [default: what is free]"
@@ -137,6 +137,11 @@ def memory_options(command: F) -> F:
             type=click.Path(file_okay=False, exists=True, path_type=Path),
             metavar="DIR",
             help="Folder for experts that fit neither there; they are read from it again and again.",
+        ),
+        click.option(
+            "--cpu-experts",
+            is_flag=True,
+            help="Let the CPU compute some of the missing experts of decode steps while others are copied.",
         ),
     )
     for option in reversed(options):

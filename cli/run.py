@@ -62,6 +62,7 @@ def command(
     gpu_memory: int | None,
     host_memory: int | None,
     offload_folder: Path | None,
+    cpu_experts: bool,
     device: str | None,
     context: int | None,
     echo: bool,
@@ -79,7 +80,8 @@ def command(
         prompt = _prompt(ctx, prompt)
     from minibble.runtime.generation import Sampling
 
-    memory = {"gpu_memory": gpu_memory, "host_memory": host_memory, "offload_folder": offload_folder}
+    memory = {"gpu_memory": gpu_memory, "host_memory": host_memory, "offload_folder": offload_folder,
+              "cpu_experts": cpu_experts}  # fmt: skip
     session = Session(checkpoint, memory, device, Sampling(**sampling), max_new_tokens, context, prompt)
     if chat:
         _chat(session, stats, as_json)

@@ -45,6 +45,7 @@ def evaluate(
     gpu_memory: int | None = None,
     host_memory: int | None = None,
     offload_folder: Path | None = None,
+    cpu_experts: bool = False,
     progress: OnWindow | None = None,
 ) -> Evaluation:
     """Score `checkpoint` on the file `text`, cut into windows of `seq_len` tokens that start afresh.
@@ -57,8 +58,9 @@ def evaluate(
     chosen, first = dtype or wide, the_devices(device)[0]
     source = None if against is None else load(against, device=first, dtype=chosen)  # first: what is left is planned
     model = load(
-        checkpoint, gpu_memory, device, chosen, context=seq_len, host_memory=host_memory, offload_folder=offload_folder
-    )
+        checkpoint, gpu_memory, device, chosen, context=seq_len, host_memory=host_memory,
+        offload_folder=offload_folder, cpu_experts=cpu_experts,
+    )  # fmt: skip
     try:
         return _compared(model, source, checkpoint, against, Path(text), seq_len, max_windows, progress)
     finally:

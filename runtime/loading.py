@@ -19,6 +19,7 @@ from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import default_prefill_chunk, plan_memory
 from minibble.runtime.planning.planner import plan_placement
+from minibble.runtime.planning.processors import computable
 from minibble.runtime.quality import read_quality
 from minibble.runtime.unfilled import Unfilled, packs
 
@@ -40,6 +41,7 @@ def load(
     host_memory: int | None = None,
     offload_folder: str | Path | None = None,
     prefill_chunk: int | None = None,
+    cpu_experts: bool = False,
     progress: Progress | None = None,
 ) -> MiniMaxForCausalLM:
     """The model of the checkpoint `path` (a folder, 16-bit or 4-bit, or `demo`), ready to generate.
@@ -49,7 +51,9 @@ def load(
     `gpu_memory` in bytes bounds what `batch` sequences of `context` tokens may take on all GPUs together, by default
     what is free there. Experts that do not fit wait in host memory, up to `host_memory` bytes pinned, and then, if
     there is an `offload_folder`, in a file in it: kernels' layout for 4-bit checkpoints only. Prompts go through the
-    layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. `progress` is called
+    layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. With `cpu_experts` the
+    CPU computes some of the missing experts of decode steps while others are copied, which rounds otherwise, and holds
+    those twice as far as host memory goes. `progress` is called
     with bytes read, all bytes, and what is being read. BudgetError says what is missing where even that does not fit;
     CheckpointError names what is missing, left over or not 4-bit.
     """
@@ -64,9 +68,12 @@ def load(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,
         )  # fmt: skip
-        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None)
+        cpu = best_dtype(torch.device("cpu"))
+        computed = computable(checkpoint, placement, machine, cpu) if cpu_experts else ()
+        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None, computed=computed)
     else:
-        placing = {"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": offload_folder}
+        placing = {"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": offload_folder,
+                   "experts on the CPU": cpu_experts}  # fmt: skip
         unused = ", ".join(name for name, given in placing.items() if given)
         if unused:
             raise ConfigError(f"{unused}: only 4-bit checkpoints on GPUs in bfloat16 can be divided; leave that out")

@@ -11,7 +11,7 @@ from minibble.runtime.layers import Linear
 
 if TYPE_CHECKING:
     from minibble.runtime.kernels.moe4.table import RecordTable
-    from minibble.runtime.pipeline import Pause
+    from minibble.runtime.pipeline import ExpertPause
 
 
 class Expert(nn.Module):
@@ -53,9 +53,9 @@ class MoE(nn.Module):
         y_ND = moe4(x_ND, ids, weights, self.table) if self.packed is None else self.packed(x_ND, ids, weights)
         return y_ND.view_as(x_BTD)
 
-    def fetch(self, ids_MA: Tensor) -> "Pause | None":
+    def fetch(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "ExpertPause | None":
         """The pause in which the chosen experts come that are elsewhere; None if all are always there."""
-        return None if self.packed is None else self.packed.fetch(ids_MA)
+        return None if self.packed is None else self.packed.fetch(x_MD, ids_MA, weights_MA)
 
     def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """What the experts chosen by `route` add to a few tokens, float32, as parts [S, M, D] whose sum it is."""

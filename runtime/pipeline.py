@@ -44,6 +44,13 @@ class Pause(Protocol):
         """Do it, after the first stretch has been issued and before the second is."""
 
 
+class ExpertPause(Pause, Protocol):
+    """One in which experts come, or are computed elsewhere."""
+
+    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The choice and the weights that are left to the device, and what is to be added, float32 [1, M, D]."""
+
+
 class Hop:
     """A pause of a decode step in which `x` goes to `device`, always to the same place, `arrived`.
 

@@ -1,6 +1,6 @@
 """A model without weights that knows where each of them goes, until all have come."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +10,11 @@ from minibble.quantize.errors import CheckpointError
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.nf4_math import zero_byte
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.devices import cap
+from minibble.runtime.devices import best_dtype, cap
+from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import OffloadedTable
-from minibble.runtime.experts.tiering import Tiering
+from minibble.runtime.experts.tiering import Key, Tiering
 from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.kernels.linear4.skinny import MAX_EXPERTS
 from minibble.runtime.kernels.moe4.table import ExpertTable, RecordTable, record_layouts
@@ -62,9 +63,15 @@ class Unfilled:
 
     @classmethod
     def placed(
-        cls, source: Source, placement: Placement, folder: Path | None = None, capped: bool = False
+        cls,
+        source: Source,
+        placement: Placement,
+        folder: Path | None = None,
+        capped: bool = False,
+        computed: Collection[Key] = (),
     ) -> "Unfilled":
-        """Layers and experts where `placement` says; `folder` is for experts that wait on disk.
+        """Layers and experts where `placement` says; `folder` is for experts that wait on disk, and the CPU may
+        compute the experts `computed`.
 
         With `capped` torch cannot take more than the plan's budgets on its GPUs, whatever happens.
         """
@@ -75,7 +82,7 @@ class Unfilled:
             for plan in placement.devices:
                 cap(torch.device(plan.device), plan.budget_bytes - plan.overhead_bytes if capped else None)
                 if plan.slots:
-                    made._hold_some(plan, placement, folder)
+                    made._hold_some(plan, placement, folder, computed)
                 else:
                     for layer in plan.layers:
                         made._hold_all(layer)
@@ -92,7 +99,9 @@ class Unfilled:
         if table is not None:
             self._hold(layer, table)
 
-    def _hold_some(self, plan: DevicePlan, placement: Placement, folder: Path | None) -> None:
+    def _hold_some(
+        self, plan: DevicePlan, placement: Placement, folder: Path | None, computed: Collection[Key]
+    ) -> None:
         config, format, device = self.source.config, self.source.format, torch.device(plan.device)
         assert format is not None
         layouts = record_layouts(config.hidden_size, config.intermediate_size, format, self.model.dtype, device)
@@ -106,8 +115,10 @@ class Unfilled:
         store = ExpertStore(device, plan.record_bytes, tiers, folder)
         self.model.stores.append(store)
         before: OffloadedTable | None = None
+        own = [key for key in computed if key[0] in plan.layers]
+        processor = Processor(own, best_dtype(torch.device("cpu"))) if own else None
         for layer in plan.layers:
-            table = OffloadedTable(store, layer, *layouts)
+            table = OffloadedTable(store, layer, *layouts, processor)
             if before is not None:
                 before.following = table
             self._hold(layer, table)
@@ -155,9 +166,20 @@ class Unfilled:
         assert not missing, f"weights without a tensor: {missing[:3]}"
         for store in self.model.stores:
             store.seal()
+        self._measure()
         if any(device.type == "cuda" for device in self.devices):
             torch.cuda.empty_cache()  # what laying out took is now free for others
         return self.model.eval().requires_grad_(False)  # type: ignore[return-value]
+
+    def _measure(self) -> None:
+        """How long a missing expert takes to come, and to compute, where the CPU may."""
+        tables = [table for table in self.tables.values() if isinstance(table, OffloadedTable)]
+        rates: dict[Processor, tuple[float, float]] = {}
+        for table in tables:
+            if table.processor is not None:
+                if table.processor not in rates:
+                    rates[table.processor] = table.store.copy_seconds(), table.processor.seconds()
+                table.copy_s, table.compute_s = rates[table.processor]
 
     def close(self) -> None:
         """Give back what the model holds beside tensors, and the bound on them: there will be none."""

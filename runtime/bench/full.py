@@ -20,11 +20,12 @@ from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime.bench import routing
 from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
 from minibble.runtime.bench.whole import check_layers, check_offloaded
-from minibble.runtime.devices import gpu_bytes, this_machine
+from minibble.runtime.devices import best_dtype, gpu_bytes, this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.planning.placement import Placement
 from minibble.runtime.planning.planner import plan_placement
+from minibble.runtime.planning.processors import computable
 from minibble.runtime.unfilled import Unfilled
 
 REPEATS = 3  # of a prefill
@@ -42,6 +43,7 @@ class Run:
     gpu_memory: int | None = None
     host_memory: int | None = None
     folder: Path | None = None
+    cpu_experts: bool = False
     routing: str = "uniform"
     context: int = 8192
     batches: tuple[int, ...] = (1,)
@@ -72,8 +74,9 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     source = ConfigSource.of(config, run.format)
     lengths, counts = _routing(config, run.routing)
     longest = max(run.context + run.steps + WARM_STEPS, run.prompt)
+    machine = this_machine(devices, run.host_memory, run.folder)
     placement = plan_placement(
-        source, this_machine(devices, run.host_memory, run.folder), context=longest, gpu_memory=run.gpu_memory,
+        source, machine, context=longest, gpu_memory=run.gpu_memory,
         counts=counts, prefill_chunk=run.prefill_chunk,
     )  # fmt: skip
     used = [torch.device(plan.device) for plan in placement.devices]
@@ -81,7 +84,9 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     for device in used:
         torch.cuda.reset_peak_memory_stats(device)
     started = perf_counter()
-    unfilled = Unfilled.placed(source, placement, run.folder, capped=run.gpu_memory is not None)
+    cpu = best_dtype(torch.device("cpu"))
+    computed = computable(source, placement, machine, cpu) if run.cpu_experts else ()
+    unfilled = Unfilled.placed(source, placement, run.folder, run.gpu_memory is not None, computed)
     try:
         model = fill_randomly(unfilled, logits_LE=lengths)
         by_noise = run.routing != "uniform" or bool(model.stores)
@@ -91,6 +96,7 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
         result: dict[str, Any] = {
             "plan": placement.to_json(),
             "routing": run.routing,
+            "cpu_experts": len(computed),
             "routed_by": "noise" if by_noise else "hidden states",
             "load_s": perf_counter() - started,
             "loaded": [gpu_bytes(device) for device in used],

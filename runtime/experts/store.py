@@ -1,5 +1,6 @@
 """The experts of one GPU's layers, those that fit on it and those that come when they are needed."""
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from minibble.runtime.experts.stats import ExpertStats
 from minibble.runtime.experts.tiering import Key, Tiering
 from minibble.runtime.experts.tiers import Tiers
 
+TIMED = 3  # copies, of which the quickest counts
 ALIGNMENT = 256  # bytes; what kernels expect of a record
 
 
@@ -77,6 +79,27 @@ class ExpertStore:
     def addresses(self, layer: int) -> Tensor:
         """Where each expert lies, int64 [E] on the device, always in the same place."""
         return self._bank.table[self._bank.rows[layer]]
+
+    def is_here(self, layer: int, expert: int) -> bool:
+        """Whether an expert is on the device, or on its way to it."""
+        return self._bank.is_here((layer, expert))
+
+    def copy_seconds(self) -> float:
+        """How long a record takes from host memory, measured now on a few; infinity without any there."""
+        times = []
+        for layer, expert in [key for key in self._tiers.host if not self.is_here(*key)][:TIMED]:
+            self._bank.lane.finish()
+            began = time.perf_counter()
+            self.require(layer, [expert])
+            self._bank.lane.finish()
+            times.append(time.perf_counter() - began)
+            self.used(layer)
+        return min(times, default=float("inf"))
+
+    def count_computed(self, experts: int) -> None:
+        """Note that so many missing experts were computed elsewhere."""
+        self._stats.computed += experts
+        self._stats.misses += experts
 
     def record(self, layer: int, expert: int) -> Tensor:
         """The record of an expert that is resident, or required and not yet given up by `used`."""

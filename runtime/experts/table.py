@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.experts.processor import Processor
+from minibble.runtime.experts.sharing import SharedFetch
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
+from minibble.runtime.planning.machine import COPY_BYTES_PER_S
 
 # Choices for each expert, on average, from which on all of them are brought without asking which ones: of 32 experts
 # 4 choices each leave out half of one.
@@ -19,9 +22,17 @@ ALL_FROM = 4
 class OffloadedTable(RecordTable):
     """The experts of `layer` in `store`, whose slots its layers share."""
 
-    def __init__(self, store: ExpertStore, layer: int, gate_up: TileLayout, down: TileLayout):
+    def __init__(
+        self,
+        store: ExpertStore,
+        layer: int,
+        gate_up: TileLayout,
+        down: TileLayout,
+        processor: Processor | None = None,
+    ):
         super().__init__(gate_up, down, store.addresses(layer))
-        self.store, self.layer = store, layer
+        self.store, self.layer, self.processor = store, layer, processor
+        self.copy_s, self.compute_s = store.record_nbytes / COPY_BYTES_PER_S, float("inf")  # of an expert
         self.following: OffloadedTable | None = None  # that of the next layer in the same store
 
     @property
@@ -35,6 +46,8 @@ class OffloadedTable(RecordTable):
         """As of all tables; gate and up come before down, after which the record is complete."""
         place = self.store.put(self.layer, expert)
         self.lay_out(place, kind, parts)
+        if self.processor is not None:
+            self.processor.put((self.layer, expert), kind, parts)
         if kind == "down":
             self.store.done(self.layer, expert)
 
@@ -50,7 +63,9 @@ class OffloadedTable(RecordTable):
         finally:
             self.store.used(self.layer)
 
-    def fetch(self, ids_MA: Tensor) -> "Fetch":
+    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | SharedFetch":
+        if self.processor is not None:
+            return SharedFetch(self, self.processor, y_MD, ids_MA, weights_MA)
         return Fetch(self, ids_MA)
 
     def bring(self, ids: Iterable[int]) -> None:
@@ -72,6 +87,10 @@ class Fetch:
         """Make room for the ids in host memory."""
         if self._seen is None:
             self._seen = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=self.ids.is_cuda)
+
+    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, None]:
+        """What the GPU is to do: all of it."""
+        return ids_MA, weights_MA, None
 
     def run(self) -> None:
         """Bring the experts; those of the layers before have been used."""

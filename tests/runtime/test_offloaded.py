@@ -41,7 +41,7 @@ class Log(RecordTable):
     def __init__(self, layer: int, experts: tuple[nn.Module, ...], log: list[tuple[str, int]]):
         self.layer, self.experts, self.log, self.there = layer, experts, log, set[int]()
 
-    def fetch(self, ids_MA: Tensor) -> "LogFetch":
+    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "LogFetch":
         return LogFetch(self, ids_MA)
 
     def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
@@ -58,6 +58,9 @@ class LogFetch:
         self.table, self.ids, self.device = table, ids, ids.device
 
     def prepare(self) -> None: ...
+
+    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, None]:
+        return ids_MA, weights_MA, None
 
     def run(self) -> None:
         self.table.log.append(("came", self.table.layer))

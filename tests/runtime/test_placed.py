@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from minibble.quantize.errors import BudgetError, CheckpointError
 from minibble.quantize.formats import Format
 from minibble.quantize.job import quantize_checkpoint
+from minibble.quantize.nf4_math import decode
 from minibble.runtime import graphs, loading, unfilled
 from minibble.runtime import model as model_module
+from minibble.runtime.experts.processor import Processor, shared_out
+from minibble.runtime.experts.sharing import SharedFetch
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.kernels.moe4 import table
 from minibble.runtime.kernels.moe4.table import RecordTable
@@ -23,10 +26,12 @@ from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.planning.processors import computable, expert_nbytes
 from minibble.runtime.state import HybridState
 
 IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
 PROMPT = 24
+W, INF = ("w1", "w3", "w2"), float("inf")
 CHUNK = 64  # tokens at a time: memory for smaller pieces would hold all of these small experts
 _read: dict[bytes, Tensor] = {}
 
@@ -139,6 +144,97 @@ def test_experts_elsewhere_change_no_bit(
     assert report["predicted"]["devices"][0]["experts"] < 3 * 4
     store.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("all_of_a_kind", ["computed", "copied", "both"])
+def test_experts_on_the_cpu(
+    folder: Path, machine: dict[str, Any], all_of_a_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever computes them, tokens get the same but for rounding; the GPU is left with those that are there."""
+    right = followed(placed(folder))
+    model = placed(folder, 3, cpu_experts=True)
+    (store,) = model.stores
+    times = {"computed": (1.0, 0.0), "copied": (0.0, 1.0), "both": (1.0, 1.0)}[all_of_a_kind]
+    for layer in model.layers:
+        assert layer.moe.packed.copy_s > 0 and 0 < layer.moe.packed.compute_s < 60, "measured while loading"
+        layer.moe.packed.copy_s, layer.moe.packed.compute_s = times
+    before, plain, left = store.stats, SharedFetch.left, []
+
+    def look(self: SharedFetch, *given: Tensor) -> Any:
+        ids, weights, extra = plain(self, *given)
+        assert all(store.is_here(self.table.layer, expert) for expert in ids.flatten().tolist())
+        left.append(float(weights.sum()) / len(ids))
+        return ids, weights, extra
+
+    monkeypatch.setattr(SharedFetch, "left", look)
+    found = followed(model)
+    errors = (found - right).norm(dim=-1) / right.norm(dim=-1)
+    assert errors.median() < 0.01 and model.decode_path() == {"eager": IDS.shape[1] - PROMPT}
+    stats = store.stats.since(before)
+    assert (stats.computed > 0) == (all_of_a_kind != "copied") and stats.computed <= stats.misses
+    assert (min(left) < 0.99) == (all_of_a_kind != "copied"), "what the CPU has done is taken from the GPU"
+    assert all(0 <= share < 1.001 for share in left)
+    assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] > 0
+    model.close()
+
+
+def test_a_batch_shares_the_experts_on_the_cpu(folder: Path, machine: dict[str, Any]) -> None:
+    ids = torch.tensor(tiny.prompts((30, 30, 30, 30), seed=12))
+    logits = []
+    for model in (placed(folder), placed(folder, 3, cpu_experts=True)):
+        for layer in model.layers:
+            layer.moe.packed.copy_s, layer.moe.packed.compute_s = 1.0, 0.0
+        state = HybridState(model.minibble, reserve=30)
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=state)
+            steps = [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(20, 30)]
+        logits.append(torch.cat(steps, dim=1))
+        assert not model.stores or model.stores[0].stats.computed > 0
+        model.close()
+    errors = (logits[1] - logits[0]).norm(dim=-1) / logits[0].norm(dim=-1)
+    assert errors.median() < 0.01
+
+
+def test_host_memory_for_experts_on_the_cpu(folder: Path, machine: dict[str, Any]) -> None:
+    """As many as there is room for beside the records, the hottest of each layer first."""
+    model = placed(folder, 3)
+    placement, source = model.placement, model.checkpoint
+    assert placement is not None
+    model.close()
+    waiting = sum(map(len, placement.pinned))
+    each = expert_nbytes(source, torch.float32)
+    for room in (0, 1, 2, waiting, waiting + 5):
+        there = Machine((Gpu("cpu", 10**10),), placement.host_bytes + room * each + each // 2)
+        keys = computable(source, placement, there, torch.float32)
+        assert len(keys) == len(set(keys)) == min(room, waiting)
+        assert all(expert in placement.pinned[layer] for layer, expert in keys)
+    processor = Processor([(0, 1)], torch.float32)
+    parts = [source.read(source.specs[f"model.layers.0.block_sparse_moe.experts.1.{name}.weight"]) for name in W]
+    processor.put((0, 1), "gate_up", parts[:2])
+    processor.put((0, 1), "down", parts[2:])
+    processor.put((0, 2), "down", parts[2:])  # not one of them
+    assert processor.nbytes == each and 0 < processor.seconds() < 60
+    x = torch.randn(3, parts[0].shape[1], generator=torch.Generator().manual_seed(0))
+    gate, up, down = (decode(part).double() for part in parts)
+    right = (F.silu(x.double() @ gate.t()) * (x.double() @ up.t())) @ down.t()
+    assert float((processor((0, 1), x) - right).norm() / right.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("missing", "copy_s", "compute_s", "expected"),
+    [
+        (0, 1, 1, 0),
+        (1, 2, 1, 1),
+        (1, 1, 2, 0),
+        (1, 1, 1, 0),
+        (2, 1, 1, 1),
+        (3, 1, 0.4, 2),
+        (4, 1, INF, 0),
+        (5, INF, 1, 5),
+    ],
+)
+def test_sharing_out(missing: int, copy_s: float, compute_s: float, expected: int) -> None:
+    assert shared_out(missing, copy_s, compute_s) == expected
 
 
 def test_calibrated_checkpoints_keep_their_hottest_experts(folder: Path, machine: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from minibble.runtime.kernels.nvrtc import KernelError
 from minibble.runtime.kernels.tiles import TileLayout, pack, usable
 
 if TYPE_CHECKING:
-    from minibble.runtime.pipeline import Pause
+    from minibble.runtime.pipeline import ExpertPause
 
 FEW = 64  # tokens up to which the kernel for few of them is the quicker
 
@@ -41,7 +41,7 @@ class RecordTable:
         """Bytes on the device that are this layer's own."""
         raise NotImplementedError
 
-    def fetch(self, ids_MA: Tensor) -> "Pause | None":
+    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "ExpertPause | None":
         """The pause that a decode step must make before it uses the experts `ids`, on the device; None if all are
         there."""
         return None
