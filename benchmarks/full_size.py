@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     say = partial(print, file=sys.stderr)
-    devices = [gpu.the_gpu(name) for name in options.devices.split(",")]
+    devices = gpu.the_gpus(options.devices)
     result = {
         "hardware": [gpu.hardware(device) for device in devices],
         "versions": gpu.versions(),

@@ -10,14 +10,13 @@ kernels.
 
 import argparse
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from minibble.runtime.bench import gpu
 from minibble.runtime.bench.counts import layer_flops
+from minibble.runtime.bench.full import prefill_rate
 from minibble.runtime.bench.kernels import FORMATS
 from minibble.runtime.bench.layers import PATTERN, random_model, real_config
 from minibble.runtime.bench.whole import check_layers, kernel_times_us
@@ -30,7 +29,6 @@ PEERS_TOKENS_PER_S = {
     "transformers with bitsandbytes, 80 layers (H200)": 2813,
     "transformers bf16, 80 layers (H200)": 3863,
 }
-REPEATS = 3
 
 
 def main() -> None:
@@ -76,7 +74,7 @@ def measure(device: torch.device, tokens: int, chunks: list[int], pattern: tuple
         rows = []
         for chunk in chunks:
             model.prefill_chunk = chunk
-            elapsed_s = seconds(model, tokens)
+            elapsed_s = prefill_rate(model, tokens)["seconds"]
             rows.append({"chunk": chunk} | figures(elapsed_s, tokens, len(pattern), sum(flops.values()), ceilings))
         profiled = kernel_times_us(lambda model=model: _prefill(model, tokens), len(pattern))
         result["formats"][name] = {"errors": errors, "rows": rows, "kernels_us": profiled}
@@ -94,19 +92,6 @@ def figures(elapsed_s: float, tokens: int, layers: int, flops: int, ceilings: di
         "share": round(rate / ceilings["bf16_TFLOP_per_s"], 4),
         "tokens_per_s": round(tokens / (elapsed_s / layers * LAYERS)),
     }
-
-
-def seconds(model: MiniMaxForCausalLM, tokens: int) -> float:
-    """Median wall-clock time of a prefill."""
-    _prefill(model, tokens)
-    times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        started = perf_counter()
-        _prefill(model, tokens)
-        torch.cuda.synchronize()
-        times.append(perf_counter() - started)
-    return median(times)
 
 
 def _prefill(model: MiniMaxForCausalLM, tokens: int) -> None:

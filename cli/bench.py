@@ -81,17 +81,14 @@ def command(ctx: click.Context, target: str | None, device: str | None, full: bo
 def _whole(target: str, device: str | None, as_json: bool, run: dict[str, Any]) -> None:
     from minibble.quantize.errors import ConfigError
     from minibble.runtime.bench import gpu
-    from minibble.runtime.devices import the_devices
     from minibble.runtime.report import memory_report
 
-    for name in (device or "cuda").split(","):
-        gpu.the_gpu(name.strip())
+    devices = gpu.the_gpus(device)
     batches = tuple(int(n) if n.strip().isdigit() else 0 for n in run["batch"].split(","))
     if min(batches) < 1:
         raise ConfigError(f"--batch {run['batch']}: expected numbers of at least 1, separated by commas")
     from minibble.runtime.bench import full, tables
 
-    devices = the_devices(device)
     asked = full.Run(
         format=run["format_"], gpu_memory=run["gpu_memory"], host_memory=run["host_memory"],
         folder=run["offload_folder"], cpu_experts=run["cpu_experts"], routing=run["routing"],

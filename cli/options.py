@@ -102,22 +102,17 @@ def json_option(command: F) -> F:
     return option(debug_option(command))
 
 
-def device_option(command: F) -> F:
-    """`--device`, None meaning the best that there is."""
-    return click.option(
-        "--device",
-        metavar="D",
-        help="Device to work on, such as cpu, cuda or cuda:1.  [default: a GPU if there is one]",
-    )(command)
-
-
-def devices_option(command: F) -> F:
-    """`--device` of what may run on several GPUs."""
-    return click.option(
-        "--device",
-        metavar="D[,D...]",
-        help="Device to run on, cpu or cuda:1; several GPUs share the layers.  [default: a GPU if there is one]",
-    )(command)
+# None means the best that there is.
+device_option = click.option(
+    "--device",
+    metavar="D",
+    help="Device to work on, such as cpu, cuda or cuda:1.  [default: a GPU if there is one]",
+)
+devices_option = click.option(
+    "--device",
+    metavar="D[,D...]",
+    help="Device to run on, cpu or cuda:1; several GPUs share the layers.  [default: a GPU if there is one]",
+)
 
 
 def memory_options(command: F) -> F:

@@ -57,6 +57,16 @@ class Inputs:
         }
         return cls(torch.zeros(batch, dtype=torch.int64, device=model.device), places)
 
+    def put(self, ids_B: Tensor, past: int, positions_B: Tensor | None = None) -> None:
+        """The new tokens after `past` places of the caches; their positions are `past` if not given."""
+        self.ids.copy_(ids_B)
+        for places in self.on.values():
+            places.past.fill_(past)
+            if positions_B is None:
+                places.positions.fill_(past)
+            else:
+                places.positions.copy_(positions_B)
+
 
 def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -> Tensor:
     """Logits, float32 [B, V], of the tokens `inputs.ids`, all real; `state` is updated in its places.

@@ -54,8 +54,8 @@ def evaluate(
     float32 on CPUs and bfloat16 on GPUs. Each model is loaded whole, one beside the other; `device`, `gpu_memory`,
     `host_memory` and `offload_folder` place the checkpoint, as `load` says.
     """
-    wide = torch.bfloat16 if the_devices(device)[0].type == "cuda" else torch.float32
-    chosen, first = dtype or wide, the_devices(device)[0]
+    first = the_devices(device)[0]
+    chosen = dtype or (torch.bfloat16 if first.type == "cuda" else torch.float32)
     source = None if against is None else load(against, device=first, dtype=chosen)  # first: what is left is planned
     model = load(
         checkpoint, gpu_memory, device, chosen, context=seq_len, host_memory=host_memory,

@@ -176,19 +176,14 @@ class Bound:
 
     def fill(self, ids_B1: Tensor, position_ids: Tensor | None, past: int, valid: Tensor | None) -> None:
         """Put in the new tokens; `valid` [B, past] is False at padding before them."""
-        self.inputs.ids.copy_(ids_B1[:, 0])
         positions: Tensor | None = None
         if position_ids is not None:
             positions = position_ids.reshape(-1, position_ids.shape[-1])[:, -1]
         elif valid is not None:
             positions = valid.sum(1)
-        for places in self.inputs.on.values():
-            places.past.fill_(past)
-            if positions is None:
-                places.positions.fill_(past)
-            else:
-                places.positions.copy_(positions)
-            if valid is not self._valid:
+        self.inputs.put(ids_B1[:, 0], past, positions)
+        if valid is not self._valid:
+            for places in self.inputs.on.values():
                 places.valid.fill_(True)
                 if valid is not None:
                     places.valid[:, :past] = valid

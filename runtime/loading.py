@@ -53,9 +53,9 @@ def load(
     there is an `offload_folder`, in a file in it: kernels' layout for 4-bit checkpoints only. Prompts go through the
     layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. With `cpu_experts` the
     CPU computes some of the missing experts of decode steps while others are copied, which rounds otherwise, and holds
-    those twice as far as host memory goes. `progress` is called
-    with bytes read, all bytes, and what is being read. BudgetError says what is missing where even that does not fit;
-    CheckpointError names what is missing, left over or not 4-bit.
+    those twice as far as host memory goes. `progress` is called with bytes read, all bytes, and what is being read.
+    BudgetError says what is missing where even that does not fit; CheckpointError names what is missing, left over or
+    not 4-bit.
     """
     checkpoint = Checkpoint.open(resolve_source(path))
     tokenizer = load_tokenizer(checkpoint.path)  # a bad one is found before weights are read
@@ -68,15 +68,11 @@ def load(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,
         )  # fmt: skip
-        cpu = best_dtype(torch.device("cpu"))
-        computed = computable(checkpoint, placement, machine, cpu) if cpu_experts else ()
+        computed = computable(checkpoint, placement, machine) if cpu_experts else ()
         model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None, computed=computed)
     else:
-        placing = {"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": offload_folder,
-                   "experts on the CPU": cpu_experts}  # fmt: skip
-        unused = ", ".join(name for name, given in placing.items() if given)
-        if unused:
-            raise ConfigError(f"{unused}: only 4-bit checkpoints on GPUs in bfloat16 can be divided; leave that out")
+        _refuse({"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": folder,
+                 "experts on the CPU": cpu_experts})  # fmt: skip
         chunk = prefill_chunk or default_prefill_chunk(devices[0])
         plan_memory(
             checkpoint, devices[0], dtype, context=context, batch=batch, prefill_chunk=chunk, budget_bytes=gpu_memory
@@ -86,16 +82,27 @@ def load(
     model.model.checkpoint, model.model.tokenizer = checkpoint, tokenizer
     try:
         _generation_config(model.model, checkpoint.path)
-        total, done = sum(map(checkpoint.stored_nbytes, checkpoint.inventory)), 0
-        for module, specs, parts in _read_ahead(checkpoint):
-            if progress is not None:
-                progress(done, total, specs[0].name)
-            model.fill(module, specs, parts)
-            done += sum(map(checkpoint.stored_nbytes, specs))
-        return model.filled()
+        return _filled(model, checkpoint, progress)
     except BaseException:
         model.close()
         raise
+
+
+def _refuse(placing: dict[str, Any]) -> None:
+    """ConfigError if something is asked for that only a placement can do."""
+    unused = ", ".join(name for name, given in placing.items() if given)
+    if unused:
+        raise ConfigError(f"{unused}: only 4-bit checkpoints on GPUs in bfloat16 can be divided; leave that out")
+
+
+def _filled(model: Unfilled, checkpoint: Checkpoint, progress: Progress | None) -> MiniMaxForCausalLM:
+    total, done = sum(map(checkpoint.stored_nbytes, checkpoint.inventory)), 0
+    for module, specs, parts in _read_ahead(checkpoint):
+        if progress is not None:
+            progress(done, total, specs[0].name)
+        model.fill(module, specs, parts)
+        done += sum(map(checkpoint.stored_nbytes, specs))
+    return model.filled()
 
 
 def _read_ahead(

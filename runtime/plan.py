@@ -116,10 +116,17 @@ def weights_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> 
     return sum(module_nbytes(module, source, device, dtype) for module in modules)
 
 
-def module_nbytes(specs: list[TensorSpec], source: Source, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that the matrix takes whose rows are those of `specs`, one under the other."""
+def module_nbytes(
+    specs: list[TensorSpec], source: Source, device: torch.device, dtype: torch.dtype, fused: bool | None = None
+) -> int:
+    """Bytes that the matrix takes whose rows are those of `specs`, one under the other.
+
+    `fused` says whether the kernels for 4-bit matrices run there, by default as this machine has it.
+    """
     packed = specs[0].role != "embedding" and all(spec.name in source.quantized for spec in specs)
-    if packed and device.type == "cuda" and usable(dtype) and source.format is not None:
+    if fused is None:
+        fused = device.type == "cuda" and usable(dtype)
+    if packed and fused and source.format is not None:
         tiles = _kernel_layout(specs, source.format)
         if tiles is not None:
             return tiles.nbytes
@@ -183,14 +190,17 @@ def fused_workspace_nbytes(config: ModelConfig, dtype: torch.dtype, tokens: int)
 
 def loading_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes of temporary tensors while the largest matrix is laid out for the kernels: as stored, and put together."""
-    if device.type != "cuda" or not usable(dtype) or source.format is None:
+    if device.type != "cuda" or not usable(dtype):
         return 0
     specs = {spec.name: spec for spec in source.inventory}
-    stored = [
-        sum(source.format.held_nbytes(specs[name].shape) for name in names if name in source.quantized)
-        for _, names in by_module(source.config)
-    ]
-    return 2 * max(stored, default=0)
+    modules = ([specs[name] for name in names] for _, names in by_module(source.config))
+    return 2 * max((stored_nbytes(module, source) for module in modules), default=0)
+
+
+def stored_nbytes(specs: list[TensorSpec], source: Source) -> int:
+    """Bytes of the 4-bit matrices among `specs` as they are stored."""
+    format = source.format
+    return 0 if format is None else sum(format.held_nbytes(s.shape) for s in specs if s.name in source.quantized)
 
 
 def _products(source: Source) -> Iterable[tuple[int, int]]:

@@ -10,7 +10,7 @@ from minibble.quantize.errors import CheckpointError
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.nf4_math import zero_byte
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.devices import best_dtype, cap
+from minibble.runtime.devices import cap
 from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import OffloadedTable
@@ -116,7 +116,7 @@ class Unfilled:
         self.model.stores.append(store)
         before: OffloadedTable | None = None
         own = [key for key in computed if key[0] in plan.layers]
-        processor = Processor(own, best_dtype(torch.device("cpu"))) if own else None
+        processor = Processor(own) if own else None
         for layer in plan.layers:
             table = OffloadedTable(store, layer, *layouts, processor)
             if before is not None:

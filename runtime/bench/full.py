@@ -20,7 +20,7 @@ from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime.bench import routing
 from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
 from minibble.runtime.bench.whole import check_layers, check_offloaded
-from minibble.runtime.devices import best_dtype, gpu_bytes, this_machine
+from minibble.runtime.devices import gpu_bytes, this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.planning.placement import Placement
@@ -84,8 +84,7 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     for device in used:
         torch.cuda.reset_peak_memory_stats(device)
     started = perf_counter()
-    cpu = best_dtype(torch.device("cpu"))
-    computed = computable(source, placement, machine, cpu) if run.cpu_experts else ()
+    computed = computable(source, placement, machine) if run.cpu_experts else ()
     unfilled = Unfilled.placed(source, placement, run.folder, run.gpu_memory is not None, computed)
     try:
         model = fill_randomly(unfilled, logits_LE=lengths)

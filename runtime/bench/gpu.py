@@ -42,6 +42,11 @@ def the_gpu(device: str | None = None) -> torch.device:
     return torch.device("cuda", chosen.index or 0)
 
 
+def the_gpus(devices: str | None = None) -> list[torch.device]:
+    """Those named in `devices`, such as cuda:0,cuda:1, each once."""
+    return list(dict.fromkeys(the_gpu(name.strip()) for name in (devices or "cuda").split(",")))
+
+
 def graph_us(calls: Sequence[Call]) -> float:
     """Median microseconds of a call, all `calls` captured one after the other in a graph that is replayed.
 

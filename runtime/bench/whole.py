@@ -98,10 +98,7 @@ def _logits(model: MiniMaxForCausalLM, ids: Tensor, fused: bool) -> Tensor:
 def step_inputs(model: MiniMaxForCausalLM, ids_B: Tensor, state: HybridState) -> Inputs:
     """What `decode_step` reads for the tokens `ids_B` after all that `state` has seen."""
     inputs = Inputs.empty(model, len(ids_B), state.capacity)
-    inputs.ids.copy_(ids_B)
-    for places in inputs.on.values():
-        places.positions.fill_(state.length)
-        places.past.fill_(state.length)
+    inputs.put(ids_B, state.length)
     return inputs
 
 

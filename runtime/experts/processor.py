@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.devices import best_dtype
 from minibble.runtime.experts.tiering import Key
 from minibble.runtime.kernels.linear4 import Packed, linear, prepare
 
@@ -17,10 +18,13 @@ TIMED = 3  # runs of an expert, of which the quickest counts
 
 
 class Processor:
-    """The experts `keys` in the form of the CPU's own kernels, beside their records; activations of `dtype`."""
+    """The experts `keys` in the form of the CPU's own kernels, beside their records.
 
-    def __init__(self, keys: Collection[Key], dtype: torch.dtype):
-        self.keys, self.dtype = frozenset(keys), dtype
+    Activations have `dtype`, by default the best for this CPU.
+    """
+
+    def __init__(self, keys: Collection[Key], dtype: torch.dtype | None = None):
+        self.keys, self.dtype = frozenset(keys), dtype or best_dtype(CPU)
         self._gate_up: dict[Key, Packed] = {}
         self._down: dict[Key, Packed] = {}
 

@@ -1,14 +1,25 @@
 """A decode step's missing experts, shared out between copy engine and CPU. Axes: M tokens, A active, D hidden."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minibble.runtime.experts.processor import Processor, shared_out
+from minibble.runtime.experts.store import ExpertStore
 
 if TYPE_CHECKING:
     from minibble.runtime.experts.table import OffloadedTable
+
+
+def look(store: ExpertStore, places: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    """Copy what a stretch has just made to host memory; its experts, and those of the layers before, have been used."""
+    store.used_all()
+    for place, made in zip(places, given, strict=True):
+        place.copy_(made, non_blocking=True)
+    if given[0].is_cuda:
+        torch.cuda.current_stream(given[0].device).synchronize()
 
 
 class SharedFetch:
@@ -42,11 +53,7 @@ class SharedFetch:
         """Have some come and compute the others; the host waits for the router's choice and for its own work."""
         self.prepare()
         table, (ids, weights, y, extra) = self.table, self._seen
-        table.store.used_all()
-        for place, given in zip(self._seen, self.given, strict=False):
-            place.copy_(given, non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        look(table.store, self._seen[:3], self.given)
         chosen = list(dict.fromkeys(ids.flatten().tolist()))
         mine, anchor = self._mine(chosen)
         table.bring([expert for expert in chosen if expert not in mine] or [anchor])

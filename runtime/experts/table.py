@@ -8,11 +8,10 @@ from torch import Tensor
 
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.experts.processor import Processor
-from minibble.runtime.experts.sharing import SharedFetch
+from minibble.runtime.experts.sharing import SharedFetch, look
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
-from minibble.runtime.planning.machine import COPY_BYTES_PER_S
 
 # Choices for each expert, on average, from which on all of them are brought without asking which ones: of 32 experts
 # 4 choices each leave out half of one.
@@ -32,7 +31,7 @@ class OffloadedTable(RecordTable):
     ):
         super().__init__(gate_up, down, store.addresses(layer))
         self.store, self.layer, self.processor = store, layer, processor
-        self.copy_s, self.compute_s = store.record_nbytes / COPY_BYTES_PER_S, float("inf")  # of an expert
+        self.copy_s = self.compute_s = float("inf")  # of an expert, until it is measured
         self.following: OffloadedTable | None = None  # that of the next layer in the same store
 
     @property
@@ -93,11 +92,8 @@ class Fetch:
         return ids_MA, weights_MA, None
 
     def run(self) -> None:
-        """Bring the experts; those of the layers before have been used."""
+        """Bring the experts."""
         self.prepare()
         assert self._seen is not None
-        self.table.store.used_all()
-        self._seen.copy_(self.ids, non_blocking=True)
-        if self.ids.is_cuda:
-            torch.cuda.current_stream(self.device).synchronize()
+        look(self.table.store, [self._seen], [self.ids])
         self.table.bring(self._seen.flatten().tolist())

@@ -17,7 +17,7 @@ from minibble.quantize.inventory import EMBEDDING, TensorSpec, inventory, quanti
 from minibble.runtime.footprint import kv_cache_bytes, state_bytes
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.layout import by_module
-from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source, fused_workspace_nbytes, resident_nbytes
+from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source, fused_workspace_nbytes, module_nbytes, stored_nbytes
 
 CUDA = torch.device("cuda", 0)
 # Outside of torch's allocator, on Hopper: the CUDA context with the modules of torch, cuBLAS and Triton that it loads.
@@ -85,7 +85,8 @@ def _model_bytes(
         first = parts[0]
         kind = (first.role, first.expert is None, *((spec.shape, spec.name in quantized) for spec in parts))
         if kind not in kinds:
-            kinds[kind] = _module_nbytes(parts, source, dtype), _stored_nbytes(parts, source)
+            nbytes = module_nbytes(parts, source, CUDA, dtype, fused=dtype == torch.bfloat16)
+            kinds[kind] = nbytes, stored_nbytes(parts, source)
         nbytes, stored = kinds[kind]
         loading = max(loading, 2 * stored)
         if first.layer is None:
@@ -113,23 +114,6 @@ def _model_bytes(
 def _expert_layout(D: int, F: int, format: Format) -> TileLayout | None:
     """Of an expert's down, if its gate and up have one, too."""
     return TileLayout.of_format((F, F), D, format, True) and TileLayout.of_format((D,), F, format)
-
-
-def _module_nbytes(specs: list[TensorSpec], source: Source, dtype: torch.dtype) -> int:
-    """As `plan.module_nbytes` on a GPU whose fused kernels can be compiled."""
-    format, rows = source.format, tuple(spec.shape[0] for spec in specs)
-    packed = specs[0].role != "embedding" and all(spec.name in source.quantized for spec in specs)
-    if packed and format is not None and dtype == torch.bfloat16:
-        interleaved = specs[0].expert is not None and len(specs) > 1
-        tiles = TileLayout.of_format(rows, specs[0].shape[1], format, interleaved)
-        if tiles is not None:
-            return tiles.nbytes
-    return sum(resident_nbytes(spec, source, CUDA, dtype, sum(rows)) for spec in specs)
-
-
-def _stored_nbytes(specs: list[TensorSpec], source: Source) -> int:
-    format = source.format
-    return 0 if format is None else sum(format.held_nbytes(s.shape) for s in specs if s.name in source.quantized)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import torch
 
 from minibble.quantize.inventory import TensorSpec
+from minibble.runtime.devices import best_dtype
 from minibble.runtime.layout import by_module
 from minibble.runtime.plan import Source, module_nbytes
 from minibble.runtime.planning.machine import Machine
@@ -11,14 +12,16 @@ from minibble.runtime.planning.placement import Placement
 CPU = torch.device("cpu")
 
 
-def computable(source: Source, placement: Placement, machine: Machine, dtype: torch.dtype) -> list[tuple[int, int]]:
+def computable(
+    source: Source, placement: Placement, machine: Machine, dtype: torch.dtype | None = None
+) -> list[tuple[int, int]]:
     """(layer, expert) of those that get the form of the CPU's kernels beside their record, the hottest of each layer
-    first; activations there have `dtype`."""
+    first; activations there have `dtype`, by default the best for this CPU."""
     waiting = max(map(len, placement.pinned), default=0)
     keys = [(layer, ids[i]) for i in range(waiting) for layer, ids in enumerate(placement.pinned) if i < len(ids)]
     if machine.host_bytes is None:
         return keys
-    return keys[: max(0, machine.host_bytes - placement.host_bytes) // expert_nbytes(source, dtype)]
+    return keys[: max(0, machine.host_bytes - placement.host_bytes) // expert_nbytes(source, dtype or best_dtype(CPU))]
 
 
 def expert_nbytes(source: Source, dtype: torch.dtype) -> int:

@@ -94,7 +94,6 @@ WHOLE = {
 
 @pytest.fixture
 def whole(monkeypatch) -> list:
-    import minibble.runtime.devices
     from minibble.runtime.bench import full
 
     calls: list = []
@@ -106,9 +105,6 @@ def whole(monkeypatch) -> list:
     the_gpu = minibble.runtime.bench.gpu
     monkeypatch.setattr(the_gpu, "the_gpu", lambda device: torch.device(device or "cuda:0"))
     monkeypatch.setattr(the_gpu, "hardware", lambda device: {"gpu": "NVIDIA H200"})
-    monkeypatch.setattr(
-        minibble.runtime.devices, "the_devices", lambda names: [torch.device(n) for n in (names or "cuda:0").split(",")]
-    )
     monkeypatch.setattr(full, "gate", lambda devices, format, progress: {"prefill": 0.004})
     monkeypatch.setattr(full, "measure", measure)
     return calls

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minibble.quantize.config import ModelConfig
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.state import HybridState
 
 BOUND = 1e-4  # of the largest logit; float32 gives about 3e-6
 
@@ -39,6 +40,15 @@ def make(spelling: str = "hf", dtype: torch.dtype = torch.float32, seed: int = 3
     config = config_of(spelling, **changes)
     model = MiniMaxForCausalLM.random(config, dtype=dtype, seed=0)
     return fill(model, tiny.random_weights(tiny.plain_config(**changes), seed))
+
+
+@torch.no_grad()
+def followed(model: MiniMaxForCausalLM, ids: Tensor, prompt: int, mask: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of a prompt, the first of `ids` [B, T], and of the tokens after it, one by one."""
+    state = HybridState(model.minibble, reserve=ids.shape[1])
+    logits = [model(ids[:, :prompt], mask, past_key_values=state).logits]
+    logits += [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(prompt, ids.shape[1])]
+    return torch.cat(logits, dim=1)
 
 
 _LOGITS: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from golden.expert_stores import RECORD, make, placement
+from golden.tiny_models import followed
 from golden.tiny_models import make as make_model
 from torch import Tensor, nn
 
@@ -190,15 +191,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from minibble.quantize.job import quantize_checkpoint
 
     return quantize_checkpoint(demo_path(), tmp_path_factory.mktemp("offloaded") / "nf4", device="cpu").out
-
-
-@torch.no_grad()
-def followed(model: MiniMaxForCausalLM, ids: Tensor, prompt: int, mask: Tensor | None = None) -> Tensor:
-    """Logits of a prompt and of the tokens after it, one by one."""
-    state = HybridState(model.minibble, reserve=ids.shape[1])
-    logits = [model(ids[:, :prompt], mask, past_key_values=state).logits]
-    logits += [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(prompt, ids.shape[1])]
-    return torch.cat(logits, dim=1)
 
 
 def short_of(folder: Path, share: float) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden import tiny
 from golden.tiles_by_byte import read_back
+from golden.tiny_models import followed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.processors import computable, expert_nbytes
-from minibble.runtime.state import HybridState
 
 IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
 PROMPT = 24
@@ -100,24 +100,16 @@ def placed(folder: Path, missing: int = 0, **options: Any) -> MiniMaxForCausalLM
     return load(folder, budget, "cpu", torch.bfloat16, prefill_chunk=CHUNK, **options)
 
 
-@torch.no_grad()
-def followed(model: MiniMaxForCausalLM) -> Tensor:
-    state = HybridState(model.minibble, reserve=IDS.shape[1])
-    logits = [model(IDS[:, :PROMPT], past_key_values=state).logits]
-    logits += [model(IDS[:, t : t + 1], past_key_values=state).logits for t in range(PROMPT, IDS.shape[1])]
-    return torch.cat(logits, dim=1)
-
-
 def test_records_are_the_checkpoints_experts(folder: Path, machine: dict[str, Any]) -> None:
     """Against the ordinary path, which decodes them from the file's own form."""
     model = placed(folder)
-    found = followed(model)
+    found = followed(model, IDS, PROMPT)
     assert model.decode_path() == {"eager": IDS.shape[1] - PROMPT}
     with pytest.MonkeyPatch.context() as context:
         context.setattr(loading, "packs", lambda *args: False)
         context.setattr(unfilled.Unfilled, "_hold_all", lambda self, layer: None)
         context.setattr(graphs, "unfused", lambda model: "not now")
-        right = followed(load(folder, device="cpu", dtype=torch.bfloat16))
+        right = followed(load(folder, device="cpu", dtype=torch.bfloat16), IDS, PROMPT)
     errors = (found - right).norm(dim=-1) / right.norm(dim=-1)
     assert errors.median() < 0.015, "of most tokens; rounding sends some to other experts"
 
@@ -127,7 +119,7 @@ def test_records_are_the_checkpoints_experts(folder: Path, machine: dict[str, An
 def test_experts_elsewhere_change_no_bit(
     folder: Path, machine: dict[str, Any], tmp_path: Path, missing: int, where: str
 ) -> None:
-    right = followed(placed(folder))
+    right = followed(placed(folder), IDS, PROMPT)
     options: dict[str, Any] = {}
     if where == "disk":
         record = placed(folder).placement.record_bytes  # type: ignore[union-attr]
@@ -135,7 +127,7 @@ def test_experts_elsewhere_change_no_bit(
         options = {"offload_folder": tmp_path}
     model = placed(folder, missing, **options)
     (store,) = model.stores
-    assert torch.equal(followed(model), right)
+    assert torch.equal(followed(model, IDS, PROMPT), right)
     stats = store.stats
     assert stats.misses > 0 and stats.hits > 0 and (stats.bytes_from_disk > 0) == (where == "disk")
     assert not store._bank.slots.held, "given up after the last step"
@@ -151,7 +143,7 @@ def test_experts_on_the_cpu(
     folder: Path, machine: dict[str, Any], all_of_a_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever computes them, tokens get the same but for rounding; the GPU is left with those that are there."""
-    right = followed(placed(folder))
+    right = followed(placed(folder), IDS, PROMPT)
     model = placed(folder, 3, cpu_experts=True)
     (store,) = model.stores
     times = {"computed": (1.0, 0.0), "copied": (0.0, 1.0), "both": (1.0, 1.0)}[all_of_a_kind]
@@ -167,7 +159,7 @@ def test_experts_on_the_cpu(
         return ids, weights, extra
 
     monkeypatch.setattr(SharedFetch, "left", look)
-    found = followed(model)
+    found = followed(model, IDS, PROMPT)
     errors = (found - right).norm(dim=-1) / right.norm(dim=-1)
     assert errors.median() < 0.01 and model.decode_path() == {"eager": IDS.shape[1] - PROMPT}
     stats = store.stats.since(before)
@@ -184,11 +176,7 @@ def test_a_batch_shares_the_experts_on_the_cpu(folder: Path, machine: dict[str, 
     for model in (placed(folder), placed(folder, 3, cpu_experts=True)):
         for layer in model.layers:
             layer.moe.packed.copy_s, layer.moe.packed.compute_s = 1.0, 0.0
-        state = HybridState(model.minibble, reserve=30)
-        with torch.no_grad():
-            model(ids[:, :20], past_key_values=state)
-            steps = [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(20, 30)]
-        logits.append(torch.cat(steps, dim=1))
+        logits.append(followed(model, ids, 20)[:, 20:])
         assert not model.stores or model.stores[0].stats.computed > 0
         model.close()
     errors = (logits[1] - logits[0]).norm(dim=-1) / logits[0].norm(dim=-1)
@@ -273,12 +261,12 @@ def test_a_failure_while_loading_gives_the_memory_back(
     assert machine["caps"][-2][1] > 0 and machine["caps"][-1] == ("cpu", None), "the bound is lifted again"
     monkeypatch.setattr(ExpertStore, "put", plain_put)
     model = placed(folder, 3)
-    assert followed(model).isfinite().all()
+    assert followed(model, IDS, PROMPT).isfinite().all()
     model.stores[0].close()
 
 
 def test_a_read_that_fails_and_the_next_request(folder: Path, machine: dict[str, Any], tmp_path: Path) -> None:
-    right = followed(placed(folder))
+    right = followed(placed(folder), IDS, PROMPT)
     record = placed(folder).placement.record_bytes  # type: ignore[union-attr]
     machine |= {"host_bytes": 6 * record, "disk_bytes": 10**9}
     model = placed(folder, 3, offload_folder=tmp_path)
@@ -288,12 +276,12 @@ def test_a_read_that_fails_and_the_next_request(folder: Path, machine: dict[str,
     with path.open("r+b") as file:
         file.write(bytes(len(data)))
     with pytest.raises(CheckpointError, match="changed or replaced"):
-        followed(model)
+        followed(model, IDS, PROMPT)
     assert not store._bank.slots.held
     with path.open("r+b") as file:
         file.write(data)
     store._tiers.disk.seal()  # type: ignore[union-attr]  # as if nothing had been
-    assert torch.equal(followed(model), right)
+    assert torch.equal(followed(model, IDS, PROMPT), right)
     store.close()
 
 
