@@ -89,9 +89,14 @@ def _largest_context(
 
 
 def host_shortage(planner: Splitter, splits: Sequence[Split], machine: Machine, staging: int) -> BudgetError:
-    """The error for experts that are left over by all of `splits`, and fit neither in host memory nor on disk."""
+    """The error for experts that are left over by all of `splits`, and fit neither in host memory nor on disk.
+
+    With some on disk each GPU needs `staging` records of host memory.
+    """
     record = planner.demand.model.record_bytes
-    missing = min(planner.layers * planner.experts - _residents(planner, split) for split in splits)
+    fullest = max(splits, key=lambda split: _residents(planner, split))
+    missing = planner.layers * planner.experts - _residents(planner, fullest)
+    staging *= len(fullest.budgets)
     host = machine.host_bytes or 0
     disk = (missing - max(host // record - staging, 0)) * record
     mapped = MAPPED_SHARE * len(splits[-1].budgets)  # more pinned memory leaves less on the GPUs

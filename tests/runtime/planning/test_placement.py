@@ -1,5 +1,6 @@
 """Placements of the released model: arithmetic, so neither weights nor GPUs are needed."""
 
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -263,6 +264,18 @@ def test_host_memory_that_is_too_small() -> None:
     assert placement.host_bytes <= 100 * GB and placement.disk_bytes > 100 * GB
     with pytest.raises(BudgetError, match=r"the disk 1\.0 GB"):
         plan_placement(NF4, replace(machine, disk_bytes=GB), context=4096)
+
+
+def test_the_disk_that_an_error_asks_for_is_enough() -> None:
+    machine = replace(Machine.of_sizes((24 * GB, 24 * GB), host_bytes=GB // 10), disk_bytes=GB)
+    with pytest.raises(BudgetError) as error:
+        plan_placement(NF4, machine, context=4096)
+    disk, host = re.search(r"or ([\d.]+) GB on disk with ([\d.]+) MB of host", str(error.value)).groups()
+    enough = replace(machine, host_bytes=round(float(host) * 1e6), disk_bytes=round(float(disk) * 1e9))
+    placement = plan_placement(NF4, enough, context=4096)
+    assert len(placement.devices) == 2 and placement.host_bytes <= enough.host_bytes
+    with pytest.raises(BudgetError):
+        plan_placement(NF4, replace(enough, host_bytes=enough.host_bytes - placement.record_bytes), context=4096)
 
 
 def test_planning_is_quick() -> None:
