@@ -43,12 +43,28 @@ def make(spelling: str = "hf", dtype: torch.dtype = torch.float32, seed: int = 3
 
 
 @torch.no_grad()
+def prefilled(model: MiniMaxForCausalLM, ids: Tensor, mask: Tensor | None = None, reserve: int = 64) -> HybridState:
+    state = HybridState(model.minibble, reserve=reserve)
+    model(ids, mask, past_key_values=state)
+    return state
+
+
+@torch.no_grad()
+def follow(model: MiniMaxForCausalLM, state: HybridState, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of further tokens, one after the other; `mask` [B, past + T] if it is to be given."""
+    past, logits = state.length, []
+    for t in range(ids.shape[1]):
+        seen = None if mask is None else mask[:, : past + t + 1]
+        logits.append(model(ids[:, t : t + 1], seen, past_key_values=state).logits)
+    return torch.cat(logits, dim=1)
+
+
 def followed(model: MiniMaxForCausalLM, ids: Tensor, prompt: int, mask: Tensor | None = None) -> Tensor:
     """Logits [B, T, V] of a prompt, the first of `ids` [B, T], and of the tokens after it, one by one."""
     state = HybridState(model.minibble, reserve=ids.shape[1])
-    logits = [model(ids[:, :prompt], mask, past_key_values=state).logits]
-    logits += [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(prompt, ids.shape[1])]
-    return torch.cat(logits, dim=1)
+    with torch.no_grad():
+        first = model(ids[:, :prompt], mask, past_key_values=state).logits
+    return torch.cat((first, follow(model, state, ids[:, prompt:])), dim=1)
 
 
 _LOGITS: dict[str, Tensor] = {}

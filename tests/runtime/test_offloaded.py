@@ -185,14 +185,6 @@ def test_one_thread_at_a_time() -> None:
 # On GPUs: the built-in model.
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from minibble.quantize.builtin import demo_path
-    from minibble.quantize.job import quantize_checkpoint
-
-    return quantize_checkpoint(demo_path(), tmp_path_factory.mktemp("offloaded") / "nf4", device="cpu").out
-
-
 def short_of(folder: Path, share: float) -> int:
     """GPU memory for all but that share of the experts."""
     placed = minibble.load(folder, device="cuda:0", prefill_chunk=CHUNK).placement
@@ -204,15 +196,17 @@ def short_of(folder: Path, share: float) -> int:
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("prompt", [3, 150])
 def test_logits_are_those_of_the_resident_model(
-    cuda_device: torch.device, folder: Path, tmp_path: Path, where: str, prompt: int
+    cuda_device: torch.device, demo_nf4: Path, tmp_path: Path, where: str, prompt: int
 ) -> None:
     ids = torch.randint(4, 2000, (3, prompt + 30), generator=torch.Generator().manual_seed(prompt)).to(cuda_device)
     mask = torch.ones(3, prompt, dtype=torch.long, device=cuda_device)
     mask[1, : prompt // 2] = 0
-    right = followed(minibble.load(folder, device=cuda_device), ids, prompt, mask)
-    record = minibble.load(folder, device=cuda_device).placement.record_bytes  # type: ignore[union-attr]
+    right = followed(minibble.load(demo_nf4, device=cuda_device), ids, prompt, mask)
+    record = minibble.load(demo_nf4, device=cuda_device).placement.record_bytes  # type: ignore[union-attr]
     tiers: dict[str, Any] = {"offload_folder": tmp_path, "host_memory": 6 * record} if where == "disk" else {}
-    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), prefill_chunk=CHUNK, **tiers)
+    model = minibble.load(
+        demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.6), prefill_chunk=CHUNK, **tiers
+    )
     try:
         assert torch.equal(followed(model, ids, prompt, mask), right)
         stats = model.stores[0].stats
@@ -225,14 +219,16 @@ def test_logits_are_those_of_the_resident_model(
 
 
 @pytest.mark.gpu
-def test_less_and_less_memory(cuda_device: torch.device, folder: Path) -> None:
+def test_less_and_less_memory(cuda_device: torch.device, demo_nf4: Path) -> None:
     """Down to the least with which the plan says it works; below, an error that says what would do."""
     ids = torch.randint(4, 2000, (1, 60), generator=torch.Generator().manual_seed(1)).to(cuda_device)
-    right = followed(minibble.load(folder, device=cuda_device), ids, 40)
+    right = followed(minibble.load(demo_nf4, device=cuda_device), ids, 40)
     worked = 0
     for share in (0.2, 0.5, 0.8, 0.95, 1.0):
         try:
-            model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, share), prefill_chunk=CHUNK)
+            model = minibble.load(
+                demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, share), prefill_chunk=CHUNK
+            )
         except BudgetError as error:
             assert "would do" in str(error)
             break
@@ -243,9 +239,9 @@ def test_less_and_less_memory(cuda_device: torch.device, folder: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_generation_cancelled_in_the_middle(cuda_device: torch.device, folder: Path) -> None:
+def test_generation_cancelled_in_the_middle(cuda_device: torch.device, demo_nf4: Path) -> None:
     """What was held is given up with the next step, and the next request is right."""
-    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), prefill_chunk=CHUNK)
+    model = minibble.load(demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.6), prefill_chunk=CHUNK)
     ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(2)).to(cuda_device)
     right = followed(model, ids, 20)
 
@@ -264,12 +260,12 @@ def test_generation_cancelled_in_the_middle(cuda_device: torch.device, folder: P
 
 
 @pytest.mark.gpu
-def test_a_damaged_file_and_then_a_new_request(cuda_device: torch.device, folder: Path, tmp_path: Path) -> None:
-    record = minibble.load(folder, device=cuda_device).placement.record_bytes  # type: ignore[union-attr]
+def test_a_damaged_file_and_then_a_new_request(cuda_device: torch.device, demo_nf4: Path, tmp_path: Path) -> None:
+    record = minibble.load(demo_nf4, device=cuda_device).placement.record_bytes  # type: ignore[union-attr]
     model = minibble.load(
-        folder,
+        demo_nf4,
         device=cuda_device,
-        gpu_memory=short_of(folder, 0.6),
+        gpu_memory=short_of(demo_nf4, 0.6),
         prefill_chunk=CHUNK,
         host_memory=5 * record,
         offload_folder=tmp_path,
@@ -289,9 +285,9 @@ def test_a_damaged_file_and_then_a_new_request(cuda_device: torch.device, folder
 
 @pytest.mark.gpu
 def test_memory_runs_out_in_the_middle(
-    cuda_device: torch.device, folder: Path, monkeypatch: pytest.MonkeyPatch
+    cuda_device: torch.device, demo_nf4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = minibble.load(folder, device=cuda_device, gpu_memory=short_of(folder, 0.6), prefill_chunk=CHUNK)
+    model = minibble.load(demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.6), prefill_chunk=CHUNK)
     ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(4)).to(cuda_device)
     right = followed(model, ids, 20)
     plain, calls = ExpertStore.require, []
@@ -311,15 +307,15 @@ def test_memory_runs_out_in_the_middle(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk", [16, 4096])
-def test_layers_on_two_gpus(cuda_device: torch.device, folder: Path, chunk: int) -> None:
+def test_layers_on_two_gpus(cuda_device: torch.device, demo_nf4: Path, chunk: int) -> None:
     """The same kernels in the same order: the same bits. Steps are graphs on both, prompts go in pieces."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     from minibble.quantize.checkpoint import Checkpoint
     from minibble.runtime.layout import by_module
 
-    one = minibble.load(folder, device=cuda_device)
-    checkpoint = Checkpoint.open(folder)
+    one = minibble.load(demo_nf4, device=cuda_device)
+    checkpoint = Checkpoint.open(demo_nf4)
     L = checkpoint.config.num_hidden_layers
     unfilled = Unfilled.on(checkpoint, [torch.device("cuda", int(2 * i >= L)) for i in range(L)])
     for module, names in by_module(checkpoint.config):
