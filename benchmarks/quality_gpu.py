@@ -1,10 +1,11 @@
 """Quality through the GPU's kernels beside that through the reference ones.
 
-    python benchmarks/quality_gpu.py SOURCE --text FILE [--calibration FILE] [--windows 64]
+    python benchmarks/quality_gpu.py SOURCE --text FILE [--calibration FILE] [--windows 176]
 
 SOURCE becomes NF4, and with --calibration int4 too. Each is scored against SOURCE three times on the same windows: by
-the reference kernels, by the kernels for many tokens (a window at once), and, on fewer windows, by a graph a token.
-Gate: each KL divergence within 1 % of the reference kernels' on the same windows.
+the reference kernels, by the kernels for many tokens (a window at once), and by a graph a token, 8 windows at a time.
+Gate: each KL divergence within 1 % of the reference kernels'. Rounding sends some tokens to other experts, so fewer
+windows tell less: 8 of them may differ by 2 %.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from minibble.runtime.model import MiniMaxForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 BOUND = 0.01
+BATCH = 8
 
 
 def main() -> None:
@@ -33,8 +35,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--single-windows", type=int, default=8, help="windows that go token by token")
+    parser.add_argument("--windows", type=int, default=176)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = gpu.the_gpu()
@@ -58,33 +59,34 @@ def measure(path: Path, options: argparse.Namespace, device: torch.device) -> di
     """Scores by each set of kernels, and KL divergences over that of the reference kernels."""
     with kernels("reference"):
         reference = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.windows)
-        few = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.single_windows)
     many = scoring.evaluate(path, options.text, options.source, device=device, max_windows=options.windows)
     single = kl_by_single_tokens(path, options, device)
-    assert reference.kl and few.kl and many.kl
+    assert reference.kl and many.kl
     return {
         "reference": asdict(reference),
         "many_tokens": asdict(many),
         "many_tokens_ratio": many.kl / reference.kl,
-        "single_tokens": {"windows": options.single_windows, "kl": single, "reference_kl": few.kl},
-        "single_tokens_ratio": single / few.kl,
+        "single_tokens": {"kl": single},
+        "single_tokens_ratio": single / reference.kl,
     }
 
 
 @torch.no_grad()
 def kl_by_single_tokens(path: Path, options: argparse.Namespace, device: torch.device) -> float:
-    """Mean KL divergence of decode steps, all windows at once, from SOURCE's predictions by the reference kernels."""
+    """Mean KL divergence of decode steps, BATCH windows at once, from SOURCE's predictions by the reference kernels."""
     model = load(path, device=device)
-    windows = torch.stack(scoring._windows(model, options.text, 512, options.single_windows)).to(device)
     with kernels("reference"):
         source = load(options.source, device=device)
-        theirs = torch.stack([source(window[None], use_cache=False).logits[0, :-1] for window in windows])
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for position, own in enumerate(steps(model, windows[:, :-1])):
-        p, q = theirs[:, position].log_softmax(-1), own.log_softmax(-1)
-        total += (p.exp() * (p - q)).double().sum()
-    assert model.decode_path().get("graph", 0) > windows.shape[1] - 8, f"no graphs: {model.decode_path()}"
-    return float(total) / (len(windows) * (windows.shape[1] - 1))
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for windows in torch.stack(scoring._windows(model, options.text, 512, options.windows)).to(device).split(BATCH):
+        with kernels("reference"):
+            theirs = torch.stack([source(window[None], use_cache=False).logits[0, :-1] for window in windows])
+        for position, own in enumerate(steps(model, windows[:, :-1])):
+            p, q = theirs[:, position].log_softmax(-1), own.log_softmax(-1)
+            total += (p.exp() * (p - q)).double().sum()
+            count += len(windows)
+    assert model.decode_path().get("graph", 0) > 0.9 * count / BATCH, f"no graphs: {model.decode_path()}"
+    return float(total) / count
 
 
 def steps(model: MiniMaxForCausalLM, ids_BT: Tensor) -> Iterator[Tensor]:

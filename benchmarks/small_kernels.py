@@ -28,7 +28,9 @@ PREFILL = ((1, 512), (1, 2048), (1, 8192), (2, 8192), (4, 4096))  # sequences, t
 NORM = ((1, 1), (1, 4), (1, 8), (16, 4), (64, 4), (512, 1), (8192, 1))  # rows, summands
 ROUTER = (1, 2, 4, 16, 64, 512, 8192)  # tokens
 
-Case = tuple[list[Callable[[], Tensor]], Tensor, int]  # the same on different memory; expected of the first; bytes
+# What a kernel gives: for lightning attention with what the product after it multiplies each token by.
+Made = Tensor | tuple[Tensor, Tensor | None]
+Case = tuple[list[Callable[[], Made]], Tensor, int]  # the same on different memory; expected of the first; bytes
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def measure(device: torch.device) -> dict[str, Any]:
     rows = []
     for kernel, shape, make in cases(device):
         calls, expected, nbytes = make()
-        error = checked(f"{kernel}, {shape}", calls[0], expected)
+        error = checked(f"{kernel}, {shape}", partial(whole, calls[0]), expected)
         us, floor_us = gpu.graph_us(calls), nbytes / ceilings["read_GB_per_s"] / 1e3
         figures = {"us": round(us, 2), "floor_us": round(floor_us, 2), "over_floor": round(us / floor_us, 2)}
         rows.append({"kernel": kernel, "shape": shape, "nbytes": nbytes, **figures, "error": error})
@@ -77,6 +79,12 @@ def cases(device: torch.device) -> list[tuple[str, str, Callable[[], Case]]]:
     ]
 
 
+def whole(call: Callable[[], Made]) -> Tensor:
+    """The result itself."""
+    made = call()
+    return made if isinstance(made, Tensor) else lightning.scaled(*made)
+
+
 def lightning_case(device: torch.device, B: int, T: int) -> Case:
     """From the projections to the gated output, the state read and written; in float64 in blocks of 256 tokens."""
     nbytes = 2 * B * T * 5 * H * K + 2 * 4 * B * H * K * K
@@ -86,8 +94,8 @@ def lightning_case(device: torch.device, B: int, T: int) -> Case:
     states = [torch.randn(B, H, K, K, device=device) for _ in inputs]
     out = torch.cat([_lightning(x, slope, state, weight) for x, state in zip(inputs[0], states[0], strict=True)])
 
-    def call(x: Tensor, state: Tensor) -> Tensor:
-        return lightning.gated(x, slope, state, weight, LIGHTNING_NORM_EPS, None)[0]
+    def call(x: Tensor, state: Tensor) -> Made:
+        return lightning.gated_with_factors(x, slope, state, weight, LIGHTNING_NORM_EPS, None)[:2]
 
     return [partial(call, x, state) for x, state in zip(inputs, states, strict=True)], out, nbytes
 

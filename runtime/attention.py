@@ -17,7 +17,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from minibble.quantize.config import ModelConfig
 from minibble.runtime.kernels import reference_forced
 from minibble.runtime.kernels.attention import decode_attention
-from minibble.runtime.kernels.lightning import gated
+from minibble.runtime.kernels.lightning import gated, gated_with_factors, scaled
 from minibble.runtime.kernels.rope_cache import angles, rope_cache
 from minibble.runtime.layers import Linear, RMSNorm
 from minibble.runtime.masks import causal
@@ -94,17 +94,22 @@ class LightningAttention(nn.Module):
         self.slopes = decay_slopes(config, layer)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        return self.out_proj(self.mix(self.in_proj(x_BTD), context))
+        o, factor_BT = self._mix(self.in_proj(x_BTD), context)
+        return self.out_proj(o, factors=factor_BT)
 
     def mix(self, projected: Tensor, context: Context) -> Tensor:
         """What goes into `out_proj`, [B, T, H*K], from what came out of `in_proj`."""
-        o, state = gated(
+        return scaled(*self._mix(projected, context))
+
+    def _mix(self, projected: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """The same but for factors, float32 [B, T], which a product can apply just as well; None for 1."""
+        o, factor_BT, state = gated_with_factors(
             projected, self._slopes_on(projected), self._state(projected, context),
             self.norm.weight, self.norm.eps, context.valid_BT,
         )  # fmt: skip
         if context.state is not None:
             context.state.set_lightning_state(self.layer, state)
-        return o.to(projected.dtype)
+        return o.to(projected.dtype), factor_BT
 
     def step(self, projected_BP: Tensor, step: Step) -> Tensor:
         """`mix` for one real token a sequence, [B, H*K]; the state is updated in its place."""

@@ -33,8 +33,8 @@ class Linear(nn.Module):
         assert held is not None
         return held
 
-    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        return linear(x, self.held, out_dtype)
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None, factors: Tensor | None = None) -> Tensor:
+        return linear(x, self.held, out_dtype, factors)
 
 
 class RMSNorm(nn.Module):

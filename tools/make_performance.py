@@ -201,7 +201,7 @@ def quality_gpu() -> list[str]:
     text = (
         f"`benchmarks/quality_gpu.py`: {measured[0]['source']}, nearest NF4 and calibrated int4, bfloat16 activations; "
         f"KL divergence to the source over {first['reference']['tokens']:,} tokens by the reference kernels, and how "
-        "far those for many tokens, and on fewer windows those of decode steps, are from it. Bound: 1 %."
+        "far those for many tokens and those of decode steps are from it. Bound: 1 %."
     )
     head = ["", "", "KL by the reference kernels", "many tokens", "token by token"]
     return [section("Quality through the GPU's kernels", text, head, rows)]

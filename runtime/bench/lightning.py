@@ -13,7 +13,7 @@ from minibble.runtime.bench import gpu
 from minibble.runtime.bench.check import checked, kernels
 from minibble.runtime.bench.linear import Tell
 from minibble.runtime.bench.weights import generator_on, random_tensor
-from minibble.runtime.kernels.lightning import gated
+from minibble.runtime.kernels.lightning import gated_with_factors, scaled
 
 HEADS, HEAD_DIM = 64, 128
 # Sequences and new tokens of each: decode steps, then prefills.
@@ -34,7 +34,7 @@ def measure(
     for batch, tokens in runs:
         tell(f"lightning, {batch} x {tokens} tokens")
         calls, expected = _calls(batch, tokens, heads, head_dim, device)
-        error = checked(f"lightning of {batch} x {tokens} tokens", calls[0], expected)
+        error = checked(f"lightning of {batch} x {tokens} tokens", partial(_whole, calls[0]), expected)
         us = gpu.graph_us(calls)
         floor = max(
             nbytes(batch, tokens, heads, head_dim) / ceilings["read_GB_per_s"] / 1e3,
@@ -42,6 +42,10 @@ def measure(
         )
         rows.append({"batch": batch, "tokens": tokens, "us": round(us, 2), "floor_us": round(floor, 2), "error": error})
     return {"heads": heads, "head_dim": head_dim, "rows": rows}
+
+
+def _whole(call: Callable[[], tuple[Tensor, Tensor | None]]) -> Tensor:
+    return scaled(*call())
 
 
 def nbytes(batch: int, tokens: int, heads: int, head_dim: int) -> int:
@@ -52,8 +56,11 @@ def nbytes(batch: int, tokens: int, heads: int, head_dim: int) -> int:
 
 def _calls(
     batch: int, tokens: int, heads: int, head_dim: int, device: torch.device
-) -> tuple[list[Callable[[], Tensor]], Tensor]:
-    """The same on different memory, past the L2 cache together, and what the first must give, in float32."""
+) -> tuple[list[Callable[[], tuple[Tensor, Tensor | None]]], Tensor]:
+    """The same on different memory, past the L2 cache together, and what the first must give, in float32.
+
+    What they give are outputs and what the product after them multiplies each token by.
+    """
     generator = generator_on(device, 2)
     count = gpu.copies(nbytes(batch, tokens, heads, head_dim))
     shape = (batch, tokens, 4 * heads * head_dim)
@@ -62,9 +69,9 @@ def _calls(
     slope = torch.tensor(geometric_slopes(heads), device=device)
     norm = torch.ones(heads * head_dim, device=device)
 
-    def call(projected: Tensor, state: Tensor) -> Tensor:
-        return gated(projected, slope, state, norm, LIGHTNING_NORM_EPS, None)[0]
+    def call(projected: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        return gated_with_factors(projected, slope, state, norm, LIGHTNING_NORM_EPS, None)[:2]
 
     with kernels("reference"):
-        expected = call(inputs[0].float(), states[0].clone())
+        expected, _ = call(inputs[0].float(), states[0].clone())
     return [partial(call, x, state) for x, state in zip(inputs, states, strict=True)], expected

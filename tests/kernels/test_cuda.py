@@ -10,6 +10,7 @@ from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode, level_table
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels import nvrtc
+from minibble.runtime.kernels.linear4 import linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,6 +62,8 @@ def test_products(format: Format, rows: tuple[int, ...], K: int, generator: torc
         assert relative(packed(x, torch.bfloat16), exact) < BOUND
         assert relative(packed(x, torch.float32), exact) < BOUND
         assert relative(packed.partial(x).sum(0), exact) < BOUND
+        factors = 0.5 + torch.rand(M, device=x.device, generator=generator)
+        assert relative(linear(x, packed, factors=factors), exact * factors[:, None]) < BOUND
 
 
 @pytest.mark.parametrize("format", [NF4(), Int4(128)], ids=str)

@@ -38,6 +38,17 @@ def expected(case: tuple[Tensor, ...], valid: Tensor | None = None) -> tuple[Ten
     return o * torch.sigmoid(projected[..., 3 * H * K :]), state
 
 
+def blocked_float64(case: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """As `expected`, in blocks: for many tokens."""
+    projected, slope, state, norm = (x.double() for x in case)
+    H, K = state.shape[1:3]
+    qkv, gate = projected.split((3 * H * K, H * K), dim=-1)
+    q, k, v = (qkv * torch.sigmoid(qkv)).view(*projected.shape[:2], H, 3 * K).split(K, dim=-1)
+    o, state = blocked.prefill(q, k, v, slope, state, None)
+    o = o.flatten(2)
+    return o / (o.square().mean(-1, keepdim=True) + EPS).sqrt() * norm * torch.sigmoid(gate), state
+
+
 def compare(ours: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], bound: float = 1e-5) -> None:
     for a, b in zip(ours, right, strict=True):
         assert a.shape == b.shape and a.dtype == torch.float32
@@ -136,7 +147,8 @@ def check_interpreted() -> None:
         made = rounded(case(B, T, H=heads, K=dim))
         valid, state = padding(B, T) if padded else None, made[2].clone()
         with poisoned():
-            o = prefill(made[0], made[1], state, made[3], EPS, valid, processors)
+            o, factors = prefill(made[0], made[1], state, made[3], EPS, valid, processors)
+        assert factors is None  # but for the kernels that are not Triton's
         # The interpreter rounds bfloat16 towards zero.
         check_bfloat16((o, state), expected(made, valid), valid, output=5e-3, state=5e-4)
 
@@ -203,9 +215,21 @@ def test_cuda_prefill(
     valid, state = padding(B, T, cuda_device) if padded else None, made[2].clone()
     right = expected(made, valid)
     with poisoned(), torch.no_grad():
-        ours = lightning.gated(made[0], made[1], state, made[3], EPS, valid)
-    assert ours[1] is state
-    check_bfloat16(ours, right, valid, output=2.5e-3, state=1e-3)
+        o, factors, after = lightning.gated_with_factors(made[0], made[1], state, made[3], EPS, valid)
+    assert after is state and (factors is not None) == by_hand
+    check_bfloat16((lightning.scaled(o, factors), state), right, valid, output=3e-3, state=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_prefill_carries_over_pieces(cuda_device: torch.device) -> None:
+    """Heads that forget within a piece and heads that do not: pieces leave out what has decayed."""
+    projected, _, state, norm = case(1, 8192, H=64, K=128)
+    slope = torch.tensor([2.0 ** (-(h + 1) / 8) for h in range(64)])
+    made = rounded((projected, slope, state, norm), cuda_device)
+    right = blocked_float64(made)
+    with poisoned(), torch.no_grad():
+        o, factors, after = lightning.gated_with_factors(made[0], made[1], made[2].clone(), made[3], EPS, None)
+    check_bfloat16((lightning.scaled(o, factors), after), right, None, output=3e-3, state=1e-3)
 
 
 @pytest.mark.gpu
@@ -217,7 +241,7 @@ def test_cuda_prefill_of_any_magnitude(cuda_device: torch.device, scale: float, 
     right = expected(made)
     with poisoned(), torch.no_grad():
         ours = lightning.gated(made[0], made[1], made[2].clone(), made[3], EPS, None)
-    check_bfloat16(ours, right, None, output=2.5e-3, state=1e-3)
+    check_bfloat16(ours, right, None, output=3e-3, state=1e-3)
 
 
 @pytest.mark.gpu

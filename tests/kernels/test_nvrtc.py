@@ -26,13 +26,14 @@ def compiler() -> str | None:
 
 needs_nvrtc = pytest.mark.skipif(compiler() is not None, reason=str(compiler()))
 SCALES = [(0, 64), (1, 64), (2, 128), (2, 64), (2, 32)]
-# NF4, double quantization, columns of a scale, tokens of a tile, float32 results, experts, silu, scattered.
+# Flags, columns of a scale, tokens of a tile.
 TILES = [
-    (True, True, 64, 256, False, False, False, False),
-    (True, True, 64, 128, False, True, True, False),
-    (True, False, 64, 16, True, False, False, False),
-    (False, False, 128, 64, False, True, False, True),
-    (False, False, 32, 32, False, False, False, False),
+    ({"NF4", "NESTED"}, 64, 256),
+    ({"NF4", "NESTED", "SCALED"}, 64, 256),
+    ({"NF4", "NESTED", "GROUPED", "SILU"}, 64, 128),
+    ({"NF4", "OUT_FLOAT"}, 64, 16),
+    ({"GROUPED", "SCATTERED", "SCALED"}, 128, 64),
+    (set(), 32, 32),
 ]
 
 
@@ -51,9 +52,9 @@ def test_few_tokens(arch: str, kind: int, columns: int, warps: int) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("variant", TILES, ids=str)
-def test_many_tokens(variant: tuple[bool, bool, int, int, bool, bool, bool, bool]) -> None:
-    assert b"tile4" in compiled(tile._compiled(*variant), "sm_90a")
+@pytest.mark.parametrize(("flags", "columns", "tokens"), TILES)
+def test_many_tokens(flags: set[str], columns: int, tokens: int) -> None:
+    assert b"tile4" in compiled(tile._compiled(frozenset(flags), columns, tokens), "sm_90a")
 
 
 @needs_nvrtc

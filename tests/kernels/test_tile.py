@@ -186,6 +186,17 @@ def test_linear(hopper: torch.device, format: Format, shapes: tuple[tuple[int, i
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("M", [20, 100, 300])
+def test_factors(hopper: torch.device, M: int) -> None:
+    parts = encoded(NF4(), ((1008, 768),), hopper)
+    layout, data = packed(parts)
+    x, factors = torch.randn(M, 768, device=hopper).bfloat16(), torch.rand(M, device=hopper) + 0.5
+    poison(hopper)
+    y = tile.linear(x, data, layout, factors=factors)
+    assert relative(y, x.double() @ values(parts).double().t() * factors[:, None]) < BOUND
+
+
+@pytest.mark.gpu
 def test_sums_of_shared_tiles_do_not_vary(hopper: torch.device) -> None:
     layout, data = packed(encoded(NF4(), ((9216, 6144),), hopper))
     for M in (5, 100, 200, 777):

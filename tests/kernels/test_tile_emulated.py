@@ -35,7 +35,9 @@ class Emulated:
     def __init__(self, sources: tuple[Path, ...], macros: tuple[str, ...], folder: Path):
         self.sources, self.macros, self.folder = sources, macros, folder
 
-    def launch(self, grid: int, threads: int, arguments: list[Any], shared_nbytes: int, cluster: int = 1) -> None:
+    def launch(
+        self, grid: int, threads: int, arguments: list[Any], shared_nbytes: int, overlap: bool, cluster: int
+    ) -> None:
         library = emulated.library(
             self.sources, self.macros, self.folder, replaced=REPLACED, shared=SHARED, entry="tile.cpp"
         )
@@ -96,6 +98,18 @@ def test_linear(flags: Tensor, format: Format, M: int, dtype: torch.dtype) -> No
     x = torch.randn(M, K, generator=generator).bfloat16()
     y = tile.linear(x, data, layout, dtype)
     assert y.dtype == dtype and relative(y, x.double() @ W.t()) < 3e-3
+
+
+@pytest.mark.parametrize("M", [20, 300])
+def test_factors(flags: Tensor, M: int) -> None:
+    generator = torch.Generator().manual_seed(M)
+    q = NF4().encode(torch.randn(77, 512, generator=generator) * 0.02)
+    layout = TileLayout.of([q])
+    assert layout is not None
+    x = torch.randn(M, 512, generator=generator).bfloat16()
+    factors = torch.rand(M, generator=generator) + 0.5
+    y = tile.linear(x, pack([q], layout), layout, factors=factors)
+    assert relative(y, x.double() @ decode(q).double().t() * factors[:, None]) < 3e-3
 
 
 @pytest.mark.parametrize("M", [7, 100, 400])

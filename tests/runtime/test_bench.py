@@ -173,13 +173,13 @@ def test_lightning_and_its_floors(clock: list[int], monkeypatch: pytest.MonkeyPa
 
 def test_lightning_that_is_wrong(clock: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINIBBLE_KERNELS")
-    right = lightning.gated
+    right = lightning.gated_with_factors
 
-    def wrong(*args: Any) -> tuple[Tensor, Tensor]:
-        o, state = right(*args)
-        return o * (1 if reference_forced() else 1.01), state
+    def wrong(*args: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        o, factors, state = right(*args)
+        return o * (1 if reference_forced() else 1.01), factors, state
 
-    monkeypatch.setattr(lightning, "gated", wrong)
+    monkeypatch.setattr(lightning, "gated_with_factors", wrong)
     with pytest.raises(WrongResult, match="lightning of 2 x 1 tokens"):
         measured_lightning()
 

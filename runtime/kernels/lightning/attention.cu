@@ -27,8 +27,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     float slope = slopes[h] * LOG2E;
     State state = {};
     Range range = {1.f, 0.f};
-    float total = 0.f;
     int first = number * piece, stop = first + piece;
+    float total = 0.f;
+    if (!valid) {  // what has decayed below 2^-64 by the end adds nothing that float32 could show
+        int seen = ((int)fminf(FORGOTTEN / slope, (float)piece) / TOKENS + 1) * TOKENS;
+        total = (float)max(piece - seen, 0);
+        first += (int)total;
+    }
     u32 stage = (shared_address(memory) + 1023) & ~1023u, other = stage + 2 * TILE;
     u64 real = tokens.real(first);
     tokens.copy<2>(stage, first, real);
@@ -96,13 +101,13 @@ __device__ __forceinline__ void store_scores(float (&score)[32], u32 scores, con
     }
 }
 
-// o up to units: float16 [B, T, H, K] and, for each 32 features, float32 [B, T, H, 4]; the state after all tokens.
-// A segment is `each` pieces, the last what is left. With one segment, of no pieces, it begins from `after`. Grid:
-// heads times segments, sequences.
+// o * weight * sigmoid(gate) as bfloat16 [B, T, H, K], and of o, for each 32 features, the sum of squares, float32
+// [B, T, H, 4], which a norm over all heads wants; the state after all tokens. A segment is `each` pieces, the last what
+// is left. With one segment, of no pieces, it begins from `after`. Grid: heads times segments, sequences.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     lightning_attention(const u16* x, const float* slopes, float* after, const u8* valid, float* start,
-                        const float* count, u16* out, float* units_out, int T, int segment, int pieces,
-                        int each) {
+                        const float* count, const float* weights, u16* out, float* squares, int T, int segment,
+                        int pieces, int each) {
     extern __shared__ __align__(1024) u8 memory[];
     __shared__ float ages[2][TOKENS];
     __shared__ __align__(16) float most[3][4];
@@ -142,6 +147,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     for (int at = first, parity = 0; at < stop; at += TOKENS, parity ^= 1) {
         u32 q = stage, k = stage + TILE, v = stage + 2 * TILE;
         const float* age = ages[parity];
+        Output output = {x + (long long)b * T * TOKEN + (3 * H + h) * K, weights + h * K,
+                         out + ((long long)b * T * H + h) * K, squares + ((long long)b * T * H + h) * 4, T};
+        output.prefetch(at);
         count_ages(ages[parity], real);
         float last = (float)__popcll(real), decay = exp2_approximate(-slope * last);
         asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -234,22 +242,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                     packed[r] = half_pair(o[m][8 * n + 2 * r] * factor, o[m][8 * n + 2 * r + 1] * factor);
                 store_transposed((q + own ^ m << 5) + n * 16 * ROW, packed[0], packed[1], packed[2], packed[3]);
             }
-        unit *= units.q * range.unit;
-        float* unit_row = units_out + (((long long)b * T + at) * H + h) * 4 + warp;
-        if (at + lane < T) unit_row[lane * H * 4] = unit;
-        if (at + lane + 32 < T) unit_row[(lane + 32) * H * 4] = unit;
         __syncwarp();
-        {
-            // Rows four apart at once: their chunks lie in different banks.
-            int t = (lane >> 3) + (lane & 4), chunk = 4 * warp + (lane & 3);
-            u16* to_row = out + (((long long)b * T + at + t) * H + h) * K + chunk * 8;
-            uint4 rows[TOKENS / 8];
-#pragma unroll
-            for (int step = 0; step < TOKENS / 8; step++) rows[step] = read(q + place(t, chunk) + step * 8 * ROW);
-#pragma unroll
-            for (int step = 0; step < TOKENS / 8; step++)
-                if (at + t + 8 * step < T) *(uint4*)(to_row + step * 8 * H * K) = rows[step];
-        }
+        output.write(q, at, unit * units.q * range.unit);
         stage = other, other = q;
     }
 

@@ -168,3 +168,58 @@ __device__ __forceinline__ void store_slot(float* slot, const State& state, floa
 __device__ __forceinline__ void count_ages(float* ages, u64 real) {
     if (threadIdx.x < TOKENS) ages[threadIdx.x] = (float)__popcll(real & ((2ull << threadIdx.x) - 1));
 }
+
+// Where a head's results go, and what they are multiplied by on the way; each pointer is to the first token.
+struct Output {
+    const u16* gate;
+    const float* weights;
+    u16* to;
+    float* squares;
+    int count;
+    static constexpr int AT_ONCE = 2;  // rows of gates under way, as far as registers go
+
+    // Have the gates of a block of tokens in the L2 cache when it is written.
+    __device__ __forceinline__ void prefetch(int start) const {
+        int t = start + (threadIdx.x >> 1);
+        const u16* line = gate + (long long)t * TOKEN + (threadIdx.x & 1) * 64;
+        if (t < count) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+
+    // The warp's 32 features of a block, which lie as float16 in `tile`, in `unit`.
+    __device__ __forceinline__ void write(u32 tile, int start, float unit) const {
+        // Rows four apart at once: their chunks lie in different banks.
+        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        int t = (lane >> 3) + (lane & 4), chunk = 4 * warp + (lane & 3), first = start + t;
+        const u16* gate_row = gate + (long long)first * TOKEN + chunk * 8;
+        float w[8];
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) *(float4*)(w + i) = *(const float4*)(weights + chunk * 8 + i);
+#pragma unroll
+        for (int some = 0; some < TOKENS / 8; some += AT_ONCE) {
+            uint4 gates[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (first + 8 * (some + i) < count) gates[i] = *(const uint4*)(gate_row + (some + i) * 8 * TOKEN);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                int step = some + i;
+                uint4 row = read(tile + place(t, chunk) + step * 8 * ROW);
+                float sum = 0.f;
+                row.x = gated(row.x, gates[i].x, unit, w, sum), row.y = gated(row.y, gates[i].y, unit, w + 2, sum);
+                row.z = gated(row.z, gates[i].z, unit, w + 4, sum), row.w = gated(row.w, gates[i].w, unit, w + 6, sum);
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (first + 8 * step >= count) continue;
+                *(uint4*)(to + (long long)(first + 8 * step) * H * K + chunk * 8) = row;
+                if ((lane & 3) == 0) squares[(long long)(first + 8 * step) * H * 4 + warp] = sum;
+            }
+        }
+    }
+
+    static __device__ __forceinline__ u32 gated(u32 pair, u32 gate, float unit, const float* w, float& sum) {
+        float2 o = floats_of(pair);
+        o.x *= unit, o.y *= unit;
+        sum = fmaf(o.x, o.x, fmaf(o.y, o.y, sum));
+        return bfloat16_pair(o.x * w[0] * sigmoid(low_half(gate)), o.y * w[1] * sigmoid(high_half(gate)));
+    }
+};

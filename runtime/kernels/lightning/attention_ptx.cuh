@@ -12,6 +12,7 @@ constexpr u32 HALF = TOKENS * ROW;    // of 64 columns of q, k or v, and of the 
 constexpr u32 TILE = 2 * HALF;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LEAST_UNIT = 1e-12f;       // what zeros are divided by
+constexpr float FORGOTTEN = 64.f;          // halvings after which nothing is left
 constexpr float LARGEST_STATE = 16384.f;  // in its unit, before a block's own products are added
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -48,6 +49,22 @@ __device__ __forceinline__ u32 larger_magnitudes(u32 a, u32 x) {  // of bfloat16
 
 __device__ __forceinline__ float low_half(u32 x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_half(u32 x) { return __uint_as_float(x & 0xFFFF0000u); }
+
+__device__ __forceinline__ u32 bfloat16_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float2 floats_of(u32 pair) {  // of float16
+    float2 y;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(y.x), "=f"(y.y)
+        : "r"(pair));
+    return y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + exp2_approximate(-LOG2E * x)); }
 
 __device__ __forceinline__ float tanh_approximate(float x) {
     float y;

@@ -3,7 +3,7 @@
 A program runs along the tokens of a head in blocks, its state in registers in float32 (Lightning Attention-2, Qin et
 al., 2024, section 3). Where heads and sequences are fewer than the GPU's processors, the tokens are cut into segments
 that run at once: a launch before adds up what the segments' pieces give to the state. A last launch norms and gates
-each token, over all heads.
+each token, over all heads; for by_hand.py's kernels it finds the norm's factors only.
 
 The matrix units multiply float16, whose 11 bits lose eight times less than bfloat16's 8; its range is the price. So q
 and k are divided by the block's largest magnitude, the state by its own, v by a constant, and o, on its way to the
@@ -184,11 +184,22 @@ def _norm_kernel(
     tl.store(p_out + row * N + feature, o.to(p_out.dtype.element_ty), mask=m)
 
 
+@triton.jit
+def _factor_kernel(p_sums, p_factor, N, eps, S: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The norm's factor of a token from the S sums of squares of its N features."""
+    row, o_s = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_S)
+    sums = tl.load(p_sums + row * S + o_s, mask=o_s < S, other=0.0)
+    tl.store(p_factor + row, tl.rsqrt(tl.sum(sums, axis=0) / N + eps))
+
+
 def prefill(
     projected_BTP: Tensor, slope_H: Tensor, state_BHKK: Tensor, norm_HK: Tensor, eps: float, valid_BT: Tensor | None,
     processors: int,
-) -> Tensor:  # fmt: skip
-    """Gated output [B, T, HK], bfloat16 as `projected_BTP`; `state_BHKK`, float32, is updated in place."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gated output [B, T, HK], bfloat16 as `projected_BTP`, and factors, float32 [B, T], if it lacks those of the norm.
+
+    `state_BHKK`, float32, is updated in place.
+    """
     B, T, _ = projected_BTP.shape
     H, K = state_BHKK.shape[1:3]
     device = projected_BTP.device
@@ -196,17 +207,21 @@ def prefill(
     assert projected_BTP.is_contiguous() and state_BHKK.is_contiguous()
     valid = None if valid_BT is None else valid_BT.contiguous().view(torch.uint8)
     out_BTN = torch.empty(B, T, H * K, dtype=projected_BTP.dtype, device=device)
-    half_BTN = out_BTN.view(torch.float16)  # the last launch turns it into bfloat16 where it lies
-    run = by_hand.attention if by_hand.suits(device, K) else attention
     with torch.cuda.device_of(projected_BTP):  # Triton launches on the current device
-        unit_BTU = run(projected_BTP, slope_H, state_BHKK, valid, half_BTN, processors)
-        units = unit_BTU.shape[2]
+        if by_hand.suits(device, K):
+            squares = by_hand.attention(projected_BTP, slope_H, state_BHKK, norm_HK, valid, out_BTN, processors)
+            factor_BT, sums = torch.empty(B, T, device=device), squares.shape[2]
+            block_s = triton.next_power_of_2(sums)
+            _factor_kernel[(B * T,)](squares, factor_BT, H * K, eps, S=sums, BLOCK_S=block_s, num_warps=1)
+            return out_BTN, factor_BT
+        half_BTN = out_BTN.view(torch.float16)  # the last launch turns it into bfloat16 where it lies
+        unit_BTH = attention(projected_BTP, slope_H, state_BHKK, valid, half_BTN, processors)
         _norm_kernel[(B * T,)](
-            half_BTN, unit_BTU, projected_BTP, norm_HK, out_BTN, eps,
-            N=H * K, UNITS=units, BLOCK_U=triton.next_power_of_2(units),
-            BLOCK_N=triton.next_power_of_2(H * K // units), EXACT=not projected_BTP.is_cuda, num_warps=NORM_WARPS,
+            half_BTN, unit_BTH, projected_BTP, norm_HK, out_BTN, eps,
+            N=H * K, UNITS=H, BLOCK_U=triton.next_power_of_2(H), BLOCK_N=triton.next_power_of_2(K),
+            EXACT=not projected_BTP.is_cuda, num_warps=NORM_WARPS,
         )  # fmt: skip
-    return out_BTN
+    return out_BTN, None
 
 
 def attention(

@@ -59,12 +59,19 @@ def gemv_arrays(weight: Weight) -> "Arrays | None":
     return getattr(weight, "arrays", None)
 
 
-def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None, factors: Tensor | None = None) -> Tensor:
     """x [..., K] times `weight` [N, K] transposed: [..., N] in `out_dtype` (default: that of x).
 
-    With `out_dtype` float32 the sums leave the product unrounded.
+    With `out_dtype` float32 the sums leave the product unrounded. Each row of the result is multiplied by its one of
+    `factors`, float32 [...].
     """
     out_dtype = out_dtype or x.dtype
+    if factors is not None:
+        scaled = getattr(weight, "scaled", None)
+        if scaled is not None:
+            made: Tensor = scaled(x, factors, out_dtype)
+            return made
+        return (linear(x, weight, torch.float32) * factors[..., None]).to(out_dtype)
     if not isinstance(weight, Tensor):
         return weight(x, out_dtype)
     if out_dtype == x.dtype == weight.dtype:

@@ -179,6 +179,12 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Wait until the kernel ahead has ended; only then may the next one start, so none runs ahead of more than one other.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+}
+
 __device__ __forceinline__ void publish(int* flag) {
     asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory");
 }

@@ -11,38 +11,72 @@
 // et al., 2023); the block with a tile's last columns adds the sums of the others, in fixed order. It waits only for
 // blocks before it, which do that part first, so nothing depends on all blocks running at once.
 //
+// Blocks may start while the kernel ahead still runs. Before it has ended they read weights only, or, if GROUPED, nothing;
+// all else follows from copies that wait for it.
+//
 // Macros: NF4 (else int4), NESTED (double quantization), SCALE_COLUMNS (columns that share a scale), TOKENS, GROUPED
 // (experts; rows of x sorted by expert), SILU (rows of W alternate by 16 between gate and up; the output is silu(gate) *
-// up), SCATTERED (row i of x makes row pairs[i] of the output, times weights[pairs[i]]), OUT_FLOAT (float32 output, else
-// bfloat16).
+// up), SCATTERED (row i of x makes row pairs[i] of the output), SCALED (each row of the output is multiplied by its one
+// of weights), OUT_FLOAT (float32 output, else bfloat16).
 
 constexpr int BUFFERS = PARTS == 2 ? 1 : 2;  // of A operands, as far as registers go
 
+// What one warp copies of a part of a tile.
+struct Copies {
+    const TensorMap* x_map;
+    u32 base, nbytes;
+    int lane, rank, boxes, chunk_nbytes;
+    Place place;
+    const u8* codes;  // of the lane's 32 rows
+
+    __device__ Copies(const Problem& p, const TensorMap* x_map, u32 base)
+        : x_map(x_map), base(base), lane(threadIdx.x & 31), rank(blockIdx.x % CLUSTER), chunk_nbytes(p.chunk_nbytes) {}
+
+    __device__ __forceinline__ void begin(const Problem& p, const int* starts, int tile) {
+        place = place_of(p, starts, tile);
+        codes = place.matrix + (place.first_tile + (lane & 7)) * ((u64)p.chunks * chunk_nbytes);
+        boxes = place.narrow() ? 1 : TOKENS / BOX_TOKENS / CLUSTER;  // that this block copies
+        nbytes = boxes * CLUSTER * BOX_TOKENS * 128 + place.tiles * 1024;
+    }
+
+    // Of the columns 64 * kb, to a stage that is free.
+    __device__ __forceinline__ void weights(u32 index, int kb) const {
+        u32 to = base + STAGES_AT + index * STAGE_NBYTES + X_NBYTES, full = full_at(base, index);
+        if (lane == 0) barrier_expect(full, nbytes);
+        __syncwarp();
+        const u8* from = codes + (u64)(kb >> 2) * chunk_nbytes + (kb & 3) * 1024;
+        if (lane < place.tiles) copy_bytes(to + lane * 1024, from, 1024, full);
+    }
+
+    __device__ __forceinline__ void tokens(u32 index, int kb) const {
+        if (lane < 8 || lane >= 8 + boxes) return;
+        int box = rank * boxes + lane - 8, token = place.token + box * BOX_TOKENS;
+        u32 to = base + STAGES_AT + index * STAGE_NBYTES + box * BOX_TOKENS * 128, full = full_at(base, index);
+        if (WIDE) copy_box_to(to, x_map, kb * 64, token, full, 3);
+        else copy_box(to, x_map, kb * 64, token, full);
+    }
+};
+
 __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x_map, u32 base, const int* starts,
                                             int tiles) {
-    int lane = threadIdx.x & 31, rank = blockIdx.x % CLUSTER;
+    Copies copies(p, x_map, base);
+    int early = 0;
+    if (!GROUPED) {  // weights never change: the first ones come before the kernel ahead has ended, which may make x
+        for (Walk walk(tiles, 4 * p.chunks); early < STAGES && walk.next();) {
+            copies.begin(p, starts, walk.now);
+            for (int kb = walk.begin; kb < walk.end && early < STAGES; kb++) copies.weights(early++, kb);
+        }
+        wait_for_previous_kernel();
+    }
     Ring ring;
     for (Walk walk(tiles, 4 * p.chunks); walk.next();) {
-        Place place = place_of(p, starts, walk.now);
-        u64 tile_nbytes = (u64)p.chunks * p.chunk_nbytes;
-        const u8* codes = place.matrix + (place.first_tile + (lane & 7)) * tile_nbytes;
-        int boxes = place.narrow() ? 1 : TOKENS / BOX_TOKENS / CLUSTER;  // that this block copies
-        u32 nbytes = boxes * CLUSTER * BOX_TOKENS * 128 + place.tiles * 1024;
+        copies.begin(p, starts, walk.now);
         for (int kb = walk.begin; kb < walk.end; kb++) {
-            u32 stage = base + STAGES_AT + ring.index * STAGE_NBYTES, full = full_at(base, ring.index);
-            barrier_wait(empty_at(base, ring.index), ring.phase ^ 1);
-            if (lane == 0) barrier_expect(full, nbytes);
-            __syncwarp();
-            if (lane < place.tiles) {
-                const u8* from = codes + (u64)(kb >> 2) * p.chunk_nbytes + (kb & 3) * 1024;
-                copy_bytes(stage + X_NBYTES + lane * 1024, from, 1024, full);
+            if (--early < 0) {
+                barrier_wait(empty_at(base, ring.index), ring.phase ^ 1);
+                copies.weights(ring.index, kb);
             }
-            if (lane >= 8 && lane < 8 + boxes) {
-                int box = rank * boxes + lane - 8;
-                u32 to = stage + box * BOX_TOKENS * 128;
-                if (WIDE) copy_box_to(to, x_map, kb * 64, place.token + box * BOX_TOKENS, full, 3);
-                else copy_box(to, x_map, kb * 64, place.token, full);
-            }
+            copies.tokens(ring.index, kb);
             ring.step<STAGES>();
         }
     }
@@ -236,7 +270,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
         if (walk.begin > 0) take_over(p, sums, thread, walk);
         int tile = place.first_tile + warp * PARTS / 2;
         if (tile >= p.tiles) continue;
-        if (SCATTERED) apply_weights(p, sums, place);
+        if (SCALED) apply_weights(p, sums, place);
         int row = SILU ? 16 * tile : 32 * tile + (PARTS == 1 ? 16 * (warp & 1) : 0);  // of the output
 #if OUT_FLOAT
         store_float(p, sums, place, row);
@@ -260,7 +294,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(scales_full_at(base, i), 32), barrier_init(scales_empty_at(base, i), CONSUMERS);
         barriers_ready();
     }
-    if (GROUPED && thread < 32) count_tiles(p, starts);
+    if (GROUPED && thread < 32) {
+        wait_for_previous_kernel();
+        count_tiles(p, starts);
+    }
     __syncthreads();
     if (CLUSTER > 1) cluster_barrier();
     int tiles = GROUPED ? starts[p.experts] : row_tiles(p) * ((p.tokens + TOKENS - 1) / TOKENS);

@@ -1,11 +1,13 @@
 """Products of many tokens with 4-bit matrices in the kernel layout, on Hopper's tensor cores. Axes: M tokens, N rows, K
 columns; E experts, A active, P = M*A pairs, D hidden, F expert hidden.
 
-Nothing here waits for the GPU, and everything may be captured in CUDA graphs.
+Nothing here waits for the GPU, and everything may be captured in CUDA graphs. Weights and addresses are read before the
+kernel ahead has ended: they must not be what it writes.
 """
 
 import ctypes
 from functools import cache, lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ _SOURCES = tuple(
         "tile.cu",
     )
 )
+_FLAGS = ("NF4", "NESTED", "GROUPED", "SILU", "SCATTERED", "SCALED", "OUT_FLOAT")  # macros, see tile.cu
 _BLOCK_ROWS, _SHARED_NBYTES = 256, 232448
 # Of a tile; one of 256 is made by two blocks together. 1024 tokens, 6144 -> 9216 on an H100: 167 us in tiles of 256,
 # 192 in tiles of 128.
@@ -69,23 +72,29 @@ def linear(
     layout: TileLayout,
     out_dtype: torch.dtype = torch.bfloat16,
     tokens: int | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """x W^T, bfloat16 or float32 [M, N], from x bfloat16 [M, K] and W in `layout`, uint8 [layout.nbytes]."""
+    """x W^T, bfloat16 or float32 [M, N], from x bfloat16 [M, K] and W in `layout`, uint8 [layout.nbytes].
+
+    Each row is multiplied by its one of `factors`, float32 [M].
+    """
     M, K = x_MK.shape
     assert K == layout.K and x_MK.dtype == torch.bfloat16 and data.numel() >= layout.nbytes
+    assert factors is None or (factors.shape == (M,) and factors.dtype == torch.float32 and factors.is_contiguous())
     out = torch.empty(M, layout.N, dtype=out_dtype, device=x_MK.device)
     if not M:
         return out
     tokens = tokens or tile_tokens(M)
     units = -(-M // tokens) * _row_tiles(layout) * layout.chunks * 4
     _launch(
-        _kernel(layout, tokens, out_float=out_dtype == torch.float32),
+        _kernel(layout, tokens, out_float=out_dtype == torch.float32, scaled=factors is not None),
         _aligned(x_MK),
         out,
         layout,
         tokens,
         matrices=data,
         most=-(-units // 4),
+        weights=0 if factors is None else factors.data_ptr(),
     )
     return out
 
@@ -208,7 +217,7 @@ def _launch(
     with torch.cuda.device(device):
         x_map = _tensor_map(x.data_ptr(), *x.shape, 64 if tokens == _WIDE else tokens)
         grid = cluster * min(clusters, most or clusters)
-        kernel.launch(grid, _threads(tokens), [x_map, problem], _SHARED_NBYTES, cluster=cluster)
+        kernel.launch(grid, _threads(tokens), [x_map, problem], _SHARED_NBYTES, overlap=True, cluster=cluster)
 
 
 @cache
@@ -219,19 +228,15 @@ def _kernel(
     grouped: bool = False,
     silu: bool = False,
     scattered: bool = False,
+    scaled: bool = False,
 ) -> nvrtc.Kernel:
-    return _compiled(
-        layout.levels == "nf4", layout.nested, layout.scale_columns, tokens, out_float, grouped, silu, scattered
-    )
+    wanted = (layout.levels == "nf4", layout.nested, grouped, silu, scattered, scaled or scattered, out_float)
+    return _compiled(frozenset(compress(_FLAGS, wanted)), layout.scale_columns, tokens)
 
 
 @cache
-def _compiled(
-    nf4: bool, nested: bool, columns: int, tokens: int, out_float: bool, grouped: bool, silu: bool, scattered: bool
-) -> nvrtc.Kernel:
-    flags = {"NF4": nf4, "NESTED": nested, "GROUPED": grouped, "SILU": silu, "SCATTERED": scattered}
-    macros = {name: int(flag) for name, flag in flags.items()}
-    macros |= {"OUT_FLOAT": int(out_float), "SCALE_COLUMNS": columns, "TOKENS": tokens}
+def _compiled(flags: frozenset[str], columns: int, tokens: int) -> nvrtc.Kernel:
+    macros = {name: int(name in flags) for name in _FLAGS} | {"SCALE_COLUMNS": columns, "TOKENS": tokens}
     return nvrtc.Kernel("tile4", _SOURCES, dict(macros))
 
 

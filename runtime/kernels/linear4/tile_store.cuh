@@ -25,20 +25,22 @@ __device__ __forceinline__ void hand_over(const Problem& p, const Sums& sums, in
     if (thread % 128 == 0) publish(p.flags + 4 * blockIdx.x + thread / 128);
 }
 
-// Add the sums of the blocks that made the tile's first columns, the last of them first.
+// Add the sums of the blocks that made the tile's first columns, the last of them first. They end at about the same
+// time, so all are waited for at once.
 __device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thread, const Walk& walk) {
-    for (int member = (int)blockIdx.x / CLUSTER - 1;; member--) {
-        int block = member * CLUSTER + blockIdx.x % CLUSTER;
-        if (thread % 128 == 0) await(p.flags + 4 * block + thread / 128);
-        named_barrier(1 + thread / 128, 128);
-        const float4* from = partial_of(p, block, thread);
+    int rank = blockIdx.x % CLUSTER, last = (int)blockIdx.x / CLUSTER - 1, first = last;
+    while (walk.first_unit(first) > walk.now * walk.blocks) first--;
+    for (int member = last - thread % 128; member >= first; member -= 128)
+        await(p.flags + 4 * (member * CLUSTER + rank) + thread / 128);
+    named_barrier(1 + thread / 128, 128);
+    for (int member = last; member >= first; member--) {
+        const float4* from = partial_of(p, member * CLUSTER + rank, thread);
 #pragma unroll
         for (int i = 0; i < PARTS * TOKENS / 8; i++) {
             float* to = sums.part[i / (TOKENS / 8)] + 4 * (i % (TOKENS / 8));
             float4 v = __ldcg(from + 32 * CONSUMERS * i);
             to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
         }
-        if (walk.first_unit(member) <= walk.now * walk.blocks) return;
     }
 }
 
@@ -64,8 +66,8 @@ __device__ __forceinline__ void apply_weights(const Problem& p, Sums& sums, cons
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; i++) {
         int token = place.token + 8 * i + 2 * t;
-        float even = token < place.tokens ? p.weights[p.pairs[token]] : 0.0f;
-        float odd = token + 1 < place.tokens ? p.weights[p.pairs[token + 1]] : 0.0f;
+        float even = token < place.tokens ? p.weights[output_row(p, token)] : 0.0f;
+        float odd = token + 1 < place.tokens ? p.weights[output_row(p, token + 1)] : 0.0f;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             float* s = sums.part[part] + 4 * i;

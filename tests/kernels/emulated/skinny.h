@@ -51,8 +51,6 @@ static void barrier_arrive_after_copies(u64* bar) {
     });
 }
 
-// Fibers of other blocks run before or after: nothing is to be waited for, but all may pass in any order.
-static void wait_for_previous_kernel() { moved = true, yield(); }
 static void __threadfence() {}
 static int atomicAdd(int* p, int n) { int old = *p; *p += n; return old; }
 static float __ldcg(const float* p) { return *p; }
