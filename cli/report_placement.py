@@ -50,7 +50,10 @@ def row(device: "DevicePlan") -> list[str]:
 def elsewhere(placement: "Placement") -> list[str]:
     """What host memory and disk hold, a line each if anything."""
     tiers = (("host memory", placement.pinned, placement.host_bytes), ("disk", placement.disk, placement.disk_bytes))
-    return [f"{name}: {sum(map(len, ids)):,} experts, {decimal(nbytes)}" for name, ids, nbytes in tiers if nbytes]
+    lines = [f"{name}: {sum(map(len, ids)):,} experts, {decimal(nbytes)}" for name, ids, nbytes in tiers if nbytes]
+    if placement.embedding_bytes:
+        lines[0] += ", the embedding among them"
+    return lines
 
 
 def _table(placement: "Placement") -> "Table":

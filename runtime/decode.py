@@ -16,7 +16,7 @@ from torch import Tensor
 from minibble.runtime.attention import Step, frequencies
 from minibble.runtime.kernels.norm import norm_residual, rms_norm
 from minibble.runtime.kernels.rope_cache import angles
-from minibble.runtime.layers import Linear
+from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.pipeline import Hop, Pause
 from minibble.runtime.state import HybridState
 
@@ -38,10 +38,15 @@ class Places:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What changes from token to token, in places of its own on each device; ids, int64 [B], on the first."""
+    """What changes from token to token, in places of its own on each device; ids, int64 [B], on the first.
+
+    If the table is in host memory, what the embedding says of them is there as well, [B, D].
+    """
 
     ids: Tensor
     on: dict[torch.device, Places]
+    embedding: Embedding
+    embedded: Tensor | None
 
     @classmethod
     def empty(cls, model: "MiniMaxForCausalLM", batch: int, capacity: int) -> "Inputs":
@@ -55,11 +60,17 @@ class Inputs:
             )
             for device in model.devices
         }
-        return cls(torch.zeros(batch, dtype=torch.int64, device=model.device), places)
+        embedded: Tensor | None = None
+        if model.embedding.elsewhere:
+            embedded = torch.zeros(batch, model.minibble.hidden_size, dtype=model.dtype, device=model.device)
+        ids = torch.zeros(batch, dtype=torch.int64, device=model.device)
+        return cls(ids, places, model.embedding, embedded)
 
     def put(self, ids_B: Tensor, past: int, positions_B: Tensor | None = None) -> None:
         """The new tokens after `past` places of the caches; their positions are `past` if not given."""
         self.ids.copy_(ids_B)
+        if self.embedded is not None:
+            self.embedded.copy_(self.embedding(ids_B))
         for places in self.on.values():
             places.past.fill_(past)
             if positions_B is None:
@@ -86,7 +97,7 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
 
 def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -> Stretches:
     """`decode_step`, but whoever goes through it runs the pauses."""
-    h = model.embedding(inputs.ids)
+    h = model.embedding(inputs.ids) if inputs.embedded is None else inputs.embedded
     first, *norms = model.norms()
     x = rms_norm(h, first.weight_on(h.device), first.eps, h.dtype)
     step = _step(inputs.on[x.device], state)

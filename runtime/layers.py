@@ -68,13 +68,17 @@ def residual(x: Tensor, alpha: float, y: Tensor, beta: float) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Rows of a table [V, D], held as a tensor or in 4 bits; looked up in `dtype`."""
+    """Rows of a table [V, D], held as a tensor or in 4 bits; looked up in `dtype`.
+
+    A tensor may be in host memory while its rows are wanted `on` a GPU.
+    """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(rows, columns, device="meta"))
         self.packed: QuantizedTensor | None = None
+        self.on: torch.device | None = None  # None: where the table is
 
     def set_packed(self, packed: QuantizedTensor) -> None:
         """Hold the table in 4 bits."""
@@ -82,14 +86,33 @@ class Embedding(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Where token ids go, and rows come."""
+        return self._table if self.on is None else self.on
+
+    @property
+    def elsewhere(self) -> bool:
+        """True if rows come from another device than where they are wanted: the host must know the ids."""
+        return self._table != self.device
+
+    @property
+    def _table(self) -> torch.device:
         if self.packed is not None:
             return self.packed.codes.device
         assert self.weight is not None
         return self.weight.device
 
+    def known(self, ids: Tensor) -> Tensor:
+        """The ids where the table is; `forward` takes them from there as well."""
+        return ids.to(self._table)
+
     def forward(self, ids: Tensor) -> Tensor:
         if self.packed is not None:
             return decode_rows(self.packed, ids).to(self.dtype)
         assert self.weight is not None
-        return F.embedding(ids, self.weight).to(self.dtype)
+        if not self.elsewhere:
+            return F.embedding(ids, self.weight).to(self.dtype)
+        ids = self.known(ids)
+        shape = (*ids.shape, self.weight.shape[1])
+        rows = torch.empty(shape, dtype=self.weight.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(self.weight, 0, ids.flatten(), out=rows.view(-1, shape[-1]))
+        return rows.to(self.device, non_blocking=True).to(self.dtype)

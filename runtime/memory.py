@@ -34,7 +34,8 @@ def report(model: "MiniMaxForCausalLM", context: int, batch: int) -> dict[str, A
     modules = [module for module in model.modules() if isinstance(module, Linear | Embedding | MoE)]
     packed = sum(module.packed.nbytes for module in modules if module.packed is not None)
     packed += sum(store.device_nbytes for store in model.stores)
-    measured: dict[str, Any] = {"weights_bytes": packed + sum(weight.nbytes for weight in model.parameters())}
+    moved = model.embedding.weight.nbytes if model.embedding.elsewhere else 0  # in host memory
+    measured: dict[str, Any] = {"weights_bytes": packed + sum(weight.nbytes for weight in model.parameters()) - moved}
     gpus = [device for device in model.devices if device.type == "cuda"]
     if gpus:
         measured["peak_gpu_bytes"] = [torch.cuda.max_memory_allocated(device) for device in gpus]
@@ -42,7 +43,7 @@ def report(model: "MiniMaxForCausalLM", context: int, batch: int) -> dict[str, A
     if model.stores:
         found = (getattr(layer.moe.packed, "processor", None) for layer in model.layers)
         processors = {processor for processor in found if processor is not None}
-        measured["host_bytes"] = sum(store.host_nbytes for store in model.stores)
+        measured["host_bytes"] = sum(store.host_nbytes for store in model.stores) + moved
         measured["cpu_experts_bytes"] = sum(processor.nbytes for processor in processors)
         measured["disk_bytes"] = sum(store.disk_nbytes for store in model.stores)
         measured["experts"] = [store.stats.to_json() for store in model.stores]

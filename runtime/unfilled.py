@@ -78,6 +78,8 @@ class Unfilled:
         devices = [torch.device(plan.device) for plan in placement.devices for _ in plan.layers]
         made = cls(source, getattr(torch, placement.dtype), devices)
         made.model.placement, made.model.prefill_chunk = placement, placement.prefill_chunk
+        if placement.embedding_bytes:
+            made.model.embedding.on = devices[0]
         try:
             for plan in placement.devices:
                 cap(torch.device(plan.device), plan.budget_bytes - plan.overhead_bytes if capped else None)
@@ -132,7 +134,9 @@ class Unfilled:
         """Where a tensor goes: what comes before and after the layers beside the first and the last of them."""
         if spec.layer is not None:
             return self.devices[spec.layer]
-        return self.devices[0] if spec.role == "embedding" else self.devices[-1]
+        if spec.role == "embedding":
+            return self.devices[0] if self.model.embedding.on is None else torch.device("cpu")
+        return self.devices[-1]
 
     def fill(self, name: str, specs: list[TensorSpec], parts: list[Tensor | QuantizedTensor]) -> None:
         """Give the module `name` its weight: the rows of `parts`, in 4 bits or as a tensor; or its record, if it is

@@ -55,7 +55,8 @@ def fill_randomly(unfilled: Unfilled, seed: int = 0, logits_LE: Tensor | None = 
     for module, names in by_module(source.config):
         chosen = [specs[name] for name in names]
         device = unfilled.device_of(chosen[0])
-        parts = [_part(s, source.format, device, generators[device]) for s in chosen]
+        generator = generators.get(device, generators[unfilled.devices[0]])
+        parts = [_part(s, source.format, device, generator) for s in chosen]
         if chosen[0].role == "router" and logits_LE is not None:
             assert chosen[0].layer is not None and isinstance(parts[0], Tensor)
             parts[0] = parts[0] * logits_LE[chosen[0].layer].to(parts[0])[:, None]

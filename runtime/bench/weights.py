@@ -9,6 +9,7 @@ from minibble.quantize.formats import Format
 from minibble.quantize.nf4_math import level_table
 from minibble.quantize.tensors import QuantizedTensor
 
+_ROWS = 8192  # of a tensor at a time
 _SPREAD = 0.2  # scales lie within so much of their mean
 
 
@@ -24,8 +25,11 @@ def random_matrix(
 
 
 def random_tensor(shape: tuple[int, ...], std: float, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Normal numbers, bfloat16."""
-    return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(std)
+    """Normal numbers, bfloat16, made where the generator is, a part at a time: the result may be in host memory."""
+    result = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    for part in result.split(_ROWS):
+        part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=generator.device, generator=generator).mul_(std))
+    return result
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

@@ -51,7 +51,7 @@ class Bank:
             self._entries[self.rows[layer], expert] = self.records[place].data_ptr()
         self._numbers = self._entries.numpy()  # the same memory, which torch takes 8 us to write a number to
         self.table = self._entries.to(device, copy=True)
-        self._changed = False
+        self._changed: dict[tuple[int, int], int] = {}  # entries that the device does not have yet, and their values
 
     @property
     def room(self) -> int:
@@ -102,9 +102,13 @@ class Bank:
                 )
             for key in coming:
                 self._bring(key)
-            for key in coming:
-                self._settle(key)
-            self.publish()
+            slots = [self._settled(key) for key in coming]
+            for key, slot in zip(coming, slots, strict=True):
+                self._set(key, slot)
+            self.publish()  # while they are on their way
+            for slot in slots:
+                self.lane.wait(self._of[slot].ready)
+                self._of[slot].ready = None
         except BaseException:
             self.slots.held &= before
             self.publish()
@@ -166,8 +170,8 @@ class Bank:
     def publish(self) -> None:
         """Give the device the table as it is now, if it has changed."""
         if self._changed:
-            self.lane.publish(self.table, self._entries)
-            self._changed = False
+            self.lane.publish(self.table, self._entries, self._changed)
+            self._changed = {}
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -189,8 +193,8 @@ class Bank:
         self.slots.touch(slot)
         return slot
 
-    def _settle(self, key: Key) -> None:
-        """Let the computing from now on find `key`; the host waits if it comes from the disk."""
+    def _settled(self, key: Key) -> int:
+        """The slot to which a copy of `key` has been issued; the host waits if it comes from the disk."""
         slot = self._bring(key)  # again, if its read failed while another one was waited for
         transfer = self._of[slot].incoming
         if transfer is not None:
@@ -201,9 +205,7 @@ class Bank:
                 self.stats.stall_s += time.perf_counter() - began
                 if transfer.done():
                     self._arrive(slot, transfer)
-        self.lane.wait(self._of[slot].ready)
-        self._of[slot].ready = None
-        self._set(key, slot)
+        return slot
 
     def _start(self, key: Key, keep: Set[int] = frozenset()) -> int | None:
         """Begin to bring `key` to a slot; None if it is on disk and all buffers are taken."""
@@ -250,5 +252,5 @@ class Bank:
         address = self.poison if slot is None else self._addresses[slot]
         if self._told.get(key, self.poison) != address:
             self._told[key] = address
-            self._numbers[self.rows[key[0]], key[1]] = address
-            self._changed = True
+            entry = (self.rows[key[0]], key[1])
+            self._numbers[entry] = self._changed[entry] = address

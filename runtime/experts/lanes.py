@@ -5,6 +5,7 @@ each other. On the CPU everything has happened when a call returns, and marks me
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 Mark = Any  # a torch.cuda.Event, or None for what has long happened
 
 _RING = 64  # tables on their way; only a host so many requests ahead of the device must wait for it
+# Changes of a table that are written by a launch each: a copy would wait for experts that the same engine brings.
+_ENTRIES = 8
 _TIMED = 256  # waits whose times are not read yet
 
 
@@ -33,8 +36,9 @@ class Lane(Protocol):
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         """Copy a record from the device, among the computing."""
 
-    def publish(self, table: Tensor, rows: Tensor) -> None:
-        """Give the device's `table` the values of `rows` as they are now, among the computing."""
+    def publish(self, table: Tensor, rows: Tensor, changed: Mapping[tuple[int, int], int]) -> None:
+        """Give the device's `table` the values of `rows` as they are now, among the computing; it lacks those of
+        `changed` only."""
 
     def wait(self, mark: Mark) -> None:
         """Let the computing issued from now on wait for `mark`."""
@@ -75,7 +79,7 @@ class HostLane:
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         place.copy_(slot)
 
-    def publish(self, table: Tensor, rows: Tensor) -> None:
+    def publish(self, table: Tensor, rows: Tensor, changed: Mapping[tuple[int, int], int]) -> None:
         table.copy_(rows)
 
     def wait(self, mark: Mark) -> None: ...
@@ -124,7 +128,11 @@ class CudaLane:
         place.copy_(slot, non_blocking=True)
         return self.mark()
 
-    def publish(self, table: Tensor, rows: Tensor) -> None:
+    def publish(self, table: Tensor, rows: Tensor, changed: Mapping[tuple[int, int], int]) -> None:
+        if len(changed) <= _ENTRIES:
+            for entry, value in changed.items():
+                table[entry].fill_(value)
+            return
         if len(self._ring) < _RING:
             with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
                 place = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)

@@ -55,12 +55,15 @@ class ConfigSource:
 class ModelBytes:
     """Weights on GPUs: of each of the `layers` without experts, of one expert's `record`, of embedding and tail.
 
-    The tail is the final norm and the head. `loading_bytes` is what laying out the largest matrix takes.
+    The tail is the final norm and the head. `movable_bytes` of the embedding may as well be in host memory: all of it,
+    or nothing of one in 4 bits, which the CPU is slow to decode. `loading_bytes` is what laying out the largest matrix
+    takes.
     """
 
     layers: tuple[int, ...]
     record_bytes: int
     embedding_bytes: int
+    movable_bytes: int
     tail_bytes: int
     loading_bytes: int
 
@@ -108,7 +111,8 @@ def _model_bytes(
             "the experts of this checkpoint are not all of one size, some in 4 bits and some not, so they cannot share "
             "slots: quantize all of them, or run it on one GPU that holds everything"
         )
-    return ModelBytes(tuple(layers), next(iter(records.values())), outer[True], outer[False], loading)
+    movable = 0 if EMBEDDING in quantized else outer[True]
+    return ModelBytes(tuple(layers), next(iter(records.values())), outer[True], movable, outer[False], loading)
 
 
 def _expert_layout(D: int, F: int, format: Format) -> TileLayout | None:
@@ -121,7 +125,8 @@ class Demand:
     """What every stretch of layers takes on a GPU beside its experts, for given sequences: sums up to each layer.
 
     `weights`, `caches` and `states` have one entry more than there are layers. `workspace_bytes` are those of every
-    GPU that has layers; `logits_bytes` come to them on the last one. `pinned_bytes` is the host memory that is mapped.
+    GPU that has layers; `logits_bytes` come to them on the last one. `pinned_bytes` is the host memory that is mapped,
+    `moved_bytes` what host memory takes of the embedding.
     """
 
     model: ModelBytes
@@ -131,10 +136,18 @@ class Demand:
     workspace_bytes: int
     logits_bytes: int
     pinned_bytes: int = 0
+    moved_bytes: int = 0
 
     @classmethod
     def of(
-        cls, source: Source, dtype: torch.dtype, context: int, batch: int, prefill_chunk: int, pinned_bytes: int = 0
+        cls,
+        source: Source,
+        dtype: torch.dtype,
+        context: int,
+        batch: int,
+        prefill_chunk: int,
+        pinned_bytes: int = 0,
+        moved_bytes: int = 0,
     ) -> "Demand":
         """For `batch` sequences of `context` tokens, which enter by `prefill_chunk` at a time."""
         config, model = source.config, model_bytes(source, dtype)
@@ -150,12 +163,13 @@ class Demand:
             max(running, model.loading_bytes),
             4 * batch * config.vocab_size,
             pinned_bytes,
+            moved_bytes,
         )
 
     def parts(self, start: int, stop: int) -> dict[str, int]:
         """Bytes beside experts of the GPU with the layers from `start` up to `stop`, by what they are for."""
         first, last = start == 0, stop == len(self.model.layers)
-        ends = first * self.model.embedding_bytes + last * self.model.tail_bytes
+        ends = first * (self.model.embedding_bytes - self.moved_bytes) + last * self.model.tail_bytes
         return {
             "weights_bytes": self.weights[stop] - self.weights[start] + ends,
             "kv_cache_bytes": self.caches[stop] - self.caches[start],

@@ -78,7 +78,8 @@ class DevicePlan:
 class Placement:
     """Where everything is. `pinned` and `disk` are ids of experts for each layer of the model, as `resident` is.
 
-    `prefill_chunk` are the tokens of each sequence that the workspace allows through the layers at a time.
+    `prefill_chunk` are the tokens of each sequence that the workspace allows through the layers at a time. Of
+    `host_bytes` `embedding_bytes` are those of the embedding, 0 where it is on the first GPU.
     """
 
     devices: tuple[DevicePlan, ...]
@@ -93,6 +94,7 @@ class Placement:
     prefill_chunk: int
     expected_hit_rate: float
     expected_decode_tokens_per_s: float
+    embedding_bytes: int = 0
     other_sequences: bool = False  # than the rate is for
 
     @property
@@ -103,7 +105,8 @@ class Placement:
     def resized(self, source: Source, context: int, batch: int) -> "Placement":
         """The same weights in the same places, for other sequences; not checked, and in JSON without a rate."""
         dtype: torch.dtype = getattr(torch, self.dtype)
-        demand = Demand.of(source, dtype, context, batch, self.prefill_chunk, self.host_bytes)
+        pinned = self.host_bytes - self.embedding_bytes
+        demand = Demand.of(source, dtype, context, batch, self.prefill_chunk, pinned, self.embedding_bytes)
         parts: list[dict[str, Any]] = [{**demand.parts(d.layers.start, d.layers.stop)} for d in self.devices]
         devices = tuple(replace(d, **changed) for d, changed in zip(self.devices, parts, strict=True))
         return replace(self, devices=devices, context=context, batch=batch, other_sequences=True)
@@ -130,6 +133,7 @@ class Placement:
             "devices": [device.to_json() for device in self.devices],
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
+            "embedding": "host" if self.embedding_bytes else "gpu",
             "experts": {name: sum(map(len, getattr(self, name))) for name in ("resident", "pinned", "disk")},
             "record_bytes": self.record_bytes,
             "dtype": self.dtype,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,7 +15,7 @@ from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.placement import DevicePlan, Ids, Placement
 from minibble.runtime.planning.rates import HOP_S, STEP_S, chances, missed_seconds, summed
 from minibble.runtime.planning.shares import Expert, shares_of
-from minibble.runtime.planning.shortage import gpu_shortage, host_shortage
+from minibble.runtime.planning.shortage import GpuShortage, gpu_shortage, host_shortage
 from minibble.runtime.planning.split import Split, Splitter
 
 # A layer's experts are received while the ones before them are in use: two sets of those that a token needs.
@@ -48,20 +49,33 @@ def plan_placement(
     experts are by default twice what a token needs, or what a layer misses if that is more. Prompts enter by
     `prefill_chunk` tokens at a time, by default as many as it takes for their work to last as long as experts take to
     come, if decoding loses little by the memory for it; fewer where GPUs work on several pieces at once. GPUs at the
-    end that would not help are left out. BudgetError says what is missing and what would fit; ConfigError if the
+    end that would not help are left out. Where some experts fit on no GPU, the embedding leaves its place to others and
+    waits in host memory, of which a step reads a row. BudgetError says what is missing and what would fit; ConfigError if the
     experts are not in 4 bits or not in a layout that the kernels read.
     """
-    everything = model_bytes(source, dtype).record_bytes * source.config.num_hidden_layers * source.config.num_experts
+    model = model_bytes(source, dtype)
+    everything = model.record_bytes * source.config.num_hidden_layers * source.config.num_experts
     most = everything if machine.host_bytes is None else min(everything, machine.host_bytes)
 
-    def planned(chunk: int, pinned_bytes: int) -> Placement:
-        return _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, pinned_bytes)
+    def planned(chunk: int, pinned: int, moved: int = 0) -> Placement:
+        return _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, pinned, moved)
+
+    def settled(chunk: int, moved: int) -> Placement:
+        # Pinned memory takes some on the GPUs: first as if as much as possible were pinned, then so much as is.
+        first = planned(chunk, most, moved)
+        second = planned(chunk, first.host_bytes - moved, moved)
+        return second if second.host_bytes <= first.host_bytes else first
 
     def with_some_elsewhere(chunk: int) -> Placement:
-        # Pinned memory takes some on the GPUs: first as if as much as possible were pinned, then so much as is.
-        first = planned(chunk, most)
-        second = planned(chunk, first.host_bytes)
-        return second if second.host_bytes <= first.host_bytes else first
+        # The embedding makes room for experts, in host memory for so much less of them, if it is larger than one.
+        moved = model.movable_bytes
+        errors: dict[int, BudgetError] = {}
+        for first in (moved, 0) if moved >= model.record_bytes else (0, moved):
+            try:
+                return settled(chunk, first)
+            except BudgetError as error:
+                errors[first] = error
+        raise errors[moved] if isinstance(errors[moved], GpuShortage) else errors[0]
 
     chunk = prefill_chunk or default_chunk(batch)
     whole = []
@@ -106,16 +120,22 @@ def _planned(
     chunk: int,
     slots: int | None,
     pinned: int,
+    moved: int,
 ) -> Placement:
-    """The placement for pieces of `chunk` tokens if `pinned` bytes of host memory are mapped."""
+    """The placement for pieces of `chunk` tokens if `pinned` bytes of host memory are mapped, and `moved` others are
+    those of the embedding."""
     config = source.config
+    if machine.host_bytes is not None:
+        if machine.host_bytes < moved:
+            raise BudgetError(f"the embedding needs {moved} bytes of host memory, there may be {machine.host_bytes}")
+        machine = replace(machine, host_bytes=machine.host_bytes - moved)
     limits, total = _limits(machine.gpus, gpu_memory)
     shares = shares_of(config.num_hidden_layers, config.num_experts, counts)
     needed = chances(shares, config.experts_per_token, batch)
     slots = SLOT_SETS * config.experts_per_token if slots is None else slots
 
     def splitter(context: int) -> Splitter:
-        demand = Demand.of(source, dtype, context, batch, chunk, pinned)
+        demand = Demand.of(source, dtype, context, batch, chunk, pinned, moved)
         used = [
             nbytes + sum(row) * demand.model.record_bytes + caches + 2 * states  # a state is read and written
             for nbytes, row, caches, states in zip(
@@ -180,7 +200,7 @@ def _placed(
         devices=devices,
         pinned=in_host,
         disk=on_disk,
-        host_bytes=(pinned + (staging if pinned < len(missing) else 0)) * record,
+        host_bytes=(pinned + (staging if pinned < len(missing) else 0)) * record + planner.demand.moved_bytes,
         disk_bytes=(len(missing) - pinned) * record,
         record_bytes=record,
         dtype=str(dtype).removeprefix("torch."),
@@ -189,6 +209,7 @@ def _placed(
         prefill_chunk=chunk,
         expected_hit_rate=split.held / planner.shares.total,
         expected_decode_tokens_per_s=batch / seconds,
+        embedding_bytes=planner.demand.moved_bytes,
     )
 
 

@@ -10,9 +10,13 @@ from minibble.runtime.planning.machine import Machine
 from minibble.runtime.planning.split import Split, Splitter
 
 
+class GpuShortage(BudgetError):
+    """GPUs cannot hold what is not experts."""
+
+
 def gpu_shortage(
     splitter: Callable[[int], Splitter], limits: Sequence[int], total: int | None, context: int, batch: int
-) -> BudgetError:
+) -> GpuShortage:
     """The error for GPUs that cannot even hold what is not experts; `splitter` makes one for any context."""
     planner = splitter(context)
     numbers = range(1, min(len(limits), planner.layers) + 1)
@@ -20,7 +24,7 @@ def gpu_shortage(
     tokens = f"{batch} × {context} tokens" if batch > 1 else f"a context of {context} tokens"
     message = f"{_needs(planner, number, limits, total)} for {tokens}; {_would_do(planner, number, limits, total)}"
     fitting = _largest_context(splitter, limits, total, context)
-    return BudgetError(message + (f"; or a context of {fitting} tokens" if fitting else ""))
+    return GpuShortage(message + (f"; or a context of {fitting} tokens" if fitting else ""))
 
 
 def _stretches(planner: Splitter, number: int) -> list[tuple[int, int]]:

@@ -184,7 +184,7 @@ def test_plan_fits_a_terminal(cli, monkeypatch) -> None:
 def test_plan_that_does_not_fit_is_one_line(cli) -> None:
     result = cli("report", "minimax-text-01", "--gpu-memory", "12GB")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("minibble: error: cuda:0 needs 20.0 GB without any resident expert")
+    assert result.stderr.startswith("minibble: error: cuda:0 needs 17.5 GB without any resident expert")
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -210,6 +210,6 @@ def test_plan_in_the_page(cli, tmp_path) -> None:
     options = ("--gpus", "2x141GB", "--gpu-memory", "228GB", "--html", page)
     assert cli("report", "minimax-text-01", *options).exit_code == 0
     text = page.read_text()
-    assert "On these GPUs" in text and "<td>cuda:1</td>" in text and "host memory: 188 experts" in text
+    assert "On these GPUs" in text and "<td>cuda:1</td>" in text and "host memory: 160 experts" in text
     assert cli("report", "minimax-text-01", "--html", page).exit_code == 0
     assert "On these GPUs" not in page.read_text()

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,14 @@ class UnrulyLane(HostLane):
         place.copy_(slot)
         return None
 
-    def publish(self, table: Tensor, rows: Tensor) -> None:
-        values = rows.clone()
-        self.issue("compute", lambda: table.copy_(values))
+    def publish(self, table: Tensor, rows: Tensor, changed: Mapping[tuple[int, int], int]) -> None:
+        values = dict(changed)
+
+        def write() -> None:
+            for entry, value in values.items():
+                table[entry] = value
+
+        self.issue("compute", write)
 
     def wait(self, mark: Mark) -> None:
         if mark is not None:

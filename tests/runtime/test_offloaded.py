@@ -214,6 +214,8 @@ def test_logits_are_those_of_the_resident_model(
         assert model.decode_path() == {"eager": 1, "graph": 29}
         report = model.memory_report(context=200, batch=3)
         assert (report["measured"]["disk_bytes"] > 0) == (where == "disk")
+        assert model.embedding.elsewhere == (where == "host") == (report["predicted"]["embedding"] == "host")
+        assert report["measured"]["host_bytes"] == report["predicted"]["host_bytes"]
     finally:
         model.close()
 

@@ -3,6 +3,7 @@
 The streams are simulated: work is done late, in any order that the marks allow, so that a missing wait shows.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class Reads(UnrulyLane):
 class Forgets(UnrulyLane):
     """Changes the table beside the computing instead of among it."""
 
-    def publish(self, table: Tensor, rows: Tensor) -> None:
+    def publish(self, table: Tensor, rows: Tensor, changed: Mapping[tuple[int, int], int]) -> None:
         table.copy_(rows)
 
 

@@ -26,7 +26,7 @@ GB = 10**9
 CONFIG = builtin_config("minimax-text-01")
 SOURCES = {name: ConfigSource.of(CONFIG, name) for name in ("nf4-dq", "int4-g128")}
 NF4 = SOURCES["nf4-dq"]
-LAYERS, EXPERTS = 80, 32
+LAYERS, EXPERTS, EMBEDDING = 80, 32, 200064 * 6144 * 2
 TWO = Machine.of_sizes((141 * GB, 141 * GB))
 H100 = Gpu("cuda:0", 80 * GB, 3.12e12)
 
@@ -61,7 +61,8 @@ def check(placement: Placement, machine: Machine, format: str, total: int | None
     limits = (machine.host_bytes, machine.disk_bytes if machine.disk_bytes is not None else 0)
     assert limits[0] is None or placement.host_bytes <= limits[0]
     assert placement.disk_bytes <= limits[1]
-    assert placement.host_bytes >= sum(map(len, placement.pinned)) * placement.record_bytes
+    assert placement.host_bytes >= sum(map(len, placement.pinned)) * placement.record_bytes + placement.embedding_bytes
+    assert placement.embedding_bytes in (0, EMBEDDING)
     assert placement.disk_bytes == sum(map(len, placement.disk)) * placement.record_bytes
     assert 0 <= placement.expected_hit_rate <= 1
     assert (placement.expected_hit_rate == 1) >= (placement.host_bytes + placement.disk_bytes == 0)
@@ -72,7 +73,7 @@ def _check_sums(placement: Placement, source: ConfigSource) -> None:
     config, context, batch = source.config, placement.context, placement.batch
     total = {name: sum(device.parts[name] for device in placement.devices) for name in placement.devices[0].parts}
     weights = plan.weights_nbytes(source, torch.device("cuda", 0), torch.bfloat16)
-    assert total["weights_bytes"] == weights - LAYERS * EXPERTS * placement.record_bytes
+    assert total["weights_bytes"] == weights - LAYERS * EXPERTS * placement.record_bytes - placement.embedding_bytes
     assert total["kv_cache_bytes"] == kv_cache_bytes(config, context, batch)
     assert total["state_bytes"] == state_bytes(config, batch)
     held = sum(map(len, placement.resident)) + sum(device.slots + bool(device.slots) for device in placement.devices)
@@ -242,7 +243,7 @@ def test_decode_rate() -> None:
     for budget, batch in ((228 * 2**30, 1), (100 * GB, 1), (100 * GB, 8)):
         placement = plan_placement(NF4, machine, context=4096, batch=batch, gpu_memory=budget)
         record, share = placement.record_bytes, 1 - (1 - 2 / 32) ** batch
-        weights = sum(device.weights_bytes for device in placement.devices) - 200064 * 6144 * 2  # the embedding
+        weights = sum(device.weights_bytes for device in placement.devices) + placement.embedding_bytes - EMBEDDING
         nbytes = (
             weights + 80 * 32 * share * record + kv_cache_bytes(CONFIG, 4096, batch) + 2 * state_bytes(CONFIG, batch)
         )
@@ -327,7 +328,24 @@ def test_every_gpu_has_buffers_for_the_disk() -> None:
     machine = Machine.of_sizes((48 * GB, 48 * GB), host_bytes=60 * GB, disk_bytes=200 * GB)
     placement = plan_placement(NF4, machine, context=4096)
     taken = sum(map(len, placement.pinned)) + 4 * len(placement.devices)
-    assert len(placement.devices) == 2 and taken * placement.record_bytes == placement.host_bytes <= 60 * GB
+    assert len(placement.devices) == 2 and placement.host_bytes <= 60 * GB
+    assert taken * placement.record_bytes + placement.embedding_bytes == placement.host_bytes
+
+
+def test_the_embedding_makes_room_for_experts() -> None:
+    """It goes to host memory where some experts would otherwise, if there is room for it."""
+    whole = plan_placement(NF4, TWO, context=4096)
+    assert whole.embedding_bytes == 0 and whole.to_json()["embedding"] == "gpu"
+    for less in (EMBEDDING // 2, 2 * EMBEDDING):
+        budget = whole.total_bytes - less
+        placement = plan_placement(NF4, replace(TWO, host_bytes=10 * GB), context=4096, gpu_memory=budget)
+        assert placement.embedding_bytes == EMBEDDING and placement.to_json()["embedding"] == "host"
+        assert placement.devices[0].weights_bytes + EMBEDDING == pytest.approx(whole.devices[0].weights_bytes, rel=0.2)
+    assert placement.expected_hit_rate < 1
+    kept = plan_placement(NF4, replace(TWO, host_bytes=2 * GB, disk_bytes=10 * GB), context=4096, gpu_memory=budget)
+    assert kept.embedding_bytes == 0 and kept.expected_hit_rate < placement.expected_hit_rate
+    held = plan_placement(ConfigSource.of(CONFIG, "nf4-dq-all"), TWO, context=4096, gpu_memory=200 * GB)
+    assert held.embedding_bytes == 0, "the CPU would have to decode it"
 
 
 def test_little_host_memory_is_not_counted_as_much() -> None:
@@ -362,5 +380,5 @@ def test_amounts_are_rounded_up(missing_bytes: int) -> None:
 def test_a_gpu_that_is_too_small_comes_first() -> None:
     """It is not skipped, since the order is the user's; the error says what to do."""
     with pytest.raises(BudgetError, match=r"more on cuda:0 would do \(or leave out the GPUs that are too small\)"):
-        plan_placement(NF4, Machine.of_sizes((6 * GB, 141 * GB)), context=4096)
+        plan_placement(NF4, Machine.of_sizes((5 * GB, 141 * GB)), context=4096)
     assert len(plan_placement(NF4, Machine.of_sizes((141 * GB, 6 * GB)), context=4096).devices) == 1
