@@ -215,7 +215,7 @@ def test_logits_are_those_of_the_resident_model(
         report = model.memory_report(context=200, batch=3)
         assert (report["measured"]["disk_bytes"] > 0) == (where == "disk")
         assert model.embedding.elsewhere == (where == "host") == (report["predicted"]["embedding"] == "host")
-        assert report["measured"]["host_bytes"] == report["predicted"]["host_bytes"]
+        assert report["measured"]["host_bytes"] == pytest.approx(report["predicted"]["host_bytes"], rel=0.1)
     finally:
         model.close()
 
