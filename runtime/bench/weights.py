@@ -28,7 +28,9 @@ def random_tensor(shape: tuple[int, ...], std: float, device: torch.device, gene
     """Normal numbers, bfloat16, made where the generator is, a part at a time: the result may be in host memory."""
     result = torch.empty(shape, dtype=torch.bfloat16, device=device)
     for part in result.split(_ROWS):
-        part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=generator.device, generator=generator).mul_(std))
+        part.copy_(
+            torch.randn(part.shape, dtype=torch.bfloat16, device=generator.device, generator=generator).mul_(std)
+        )
     return result
 
 

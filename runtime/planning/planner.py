@@ -49,9 +49,9 @@ def plan_placement(
     experts are by default twice what a token needs, or what a layer misses if that is more. Prompts enter by
     `prefill_chunk` tokens at a time, by default as many as it takes for their work to last as long as experts take to
     come, if decoding loses little by the memory for it; fewer where GPUs work on several pieces at once. GPUs at the
-    end that would not help are left out. Where some experts fit on no GPU, the embedding leaves its place to others and
-    waits in host memory, of which a step reads a row. BudgetError says what is missing and what would fit; ConfigError if the
-    experts are not in 4 bits or not in a layout that the kernels read.
+    end that would not help are left out. Where some experts fit on no GPU, the embedding, of which a step reads a row,
+    leaves its place to others and waits in host memory. BudgetError says what is missing and what would fit,
+    ConfigError that the experts are not in 4 bits or not in a layout that the kernels read.
     """
     model = model_bytes(source, dtype)
     everything = model.record_bytes * source.config.num_hidden_layers * source.config.num_experts

@@ -52,9 +52,11 @@ def counters(
     """Puts the CPU in the GPU's place; yields the counters that blocks share, which end as they began."""
     held = torch.zeros(64, dtype=torch.int32)
 
-    def kernel(warps: int, scale_kind: int, scale_columns: int, tokens: int, table_stride: int) -> Emulated:
+    def kernel(
+        phases: int, warps: int, scale_kind: int, scale_columns: int, tokens: int, table_stride: int
+    ) -> Emulated:
         macros = {
-            "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
+            "PHASES": phases, "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
             "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns,
         }  # fmt: skip
         flags = tuple(f"-D{name}={value}" for name, value in macros.items())
@@ -107,10 +109,10 @@ def test_products(counters: Tensor, format: Format, M: int) -> None:
     exact = x.double() @ torch.cat([decode(q) for q in parts]).double().t()
     for splits in (1, 2, 3):
         y = poisoned(M, 103, dtype=torch.bfloat16)
-        skinny.launch(operand, skinny.BFLOAT16, x, y, splits=splits)
+        skinny.launch(skinny.Product(operand, skinny.BFLOAT16, x, y, splits))
         assert relative(y, exact) < 3e-3
         sums = poisoned(splits, M, 103)
-        skinny.launch(operand, skinny.PARTS, x, sums, splits=splits)
+        skinny.launch(skinny.Product(operand, skinny.PARTS, x, sums, splits))
         assert relative(sums.sum(0), exact) < 1.5e-3
 
 
@@ -142,7 +144,9 @@ def test_experts(counters: Tensor, format: Format, M: int, experts: int, active:
         share = (weights * (ids == expert)).sum(1).double()
         hidden = torch.nn.functional.silu(x.double() @ gate64) * (x.double() @ up64)
         exact += share[:, None] * (hidden @ down64)
-    assert relative(table.decode(x, ids, weights).sum(0), exact) < 3e-3
+    parts = table.decode(x, ids, weights)
+    assert relative(parts.sum(0), exact) < 3e-3
+    assert torch.equal(table.decode(x, ids, weights, alone=True), parts), "in one launch"
 
 
 def test_tokens_in_turns(counters: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
