@@ -101,6 +101,11 @@ class Embedding(nn.Module):
         assert self.weight is not None
         return self.weight.device
 
+    @property
+    def host_nbytes(self) -> int:
+        """Of a table that is in host memory for a GPU."""
+        return 0 if self.weight is None or not self.elsewhere else self.weight.nbytes
+
     def known(self, ids: Tensor) -> Tensor:
         """The ids where the table is; `forward` takes them from there as well."""
         return ids.to(self._table)

@@ -34,7 +34,7 @@ def report(model: "MiniMaxForCausalLM", context: int, batch: int) -> dict[str, A
     modules = [module for module in model.modules() if isinstance(module, Linear | Embedding | MoE)]
     packed = sum(module.packed.nbytes for module in modules if module.packed is not None)
     packed += sum(store.device_nbytes for store in model.stores)
-    moved = model.embedding.weight.nbytes if model.embedding.elsewhere else 0  # in host memory
+    moved = model.embedding.host_nbytes
     measured: dict[str, Any] = {"weights_bytes": packed + sum(weight.nbytes for weight in model.parameters()) - moved}
     gpus = [device for device in model.devices if device.type == "cuda"]
     if gpus:

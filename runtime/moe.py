@@ -60,5 +60,5 @@ class MoE(nn.Module):
     def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """What the experts chosen by `route` add to a few tokens, float32, as parts [S, M, D] whose sum it is."""
         if self.packed is not None:
-            return self.packed.decode(x_MD, ids_MA, weights_MA, alone=True)  # steps go one after the other
+            return self.packed.decode(x_MD, ids_MA, weights_MA)
         return moe4(x_MD, ids_MA, weights_MA, self.table).float()[None]

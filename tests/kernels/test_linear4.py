@@ -137,7 +137,7 @@ def test_fused_is_used_where_it_exists() -> None:
     if not cpu_path.has_fused():
         pytest.skip("this CPU has no AVX512-BF16, or bitsandbytes is not installed")
     packed = cpu_path.PackedLinear(parts(((64, 128),)), torch.bfloat16)
-    assert packed.fused_state is not None
+    assert packed.repacked
 
 
 def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

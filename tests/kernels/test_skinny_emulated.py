@@ -117,13 +117,15 @@ def test_products(counters: Tensor, format: Format, M: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "M", "experts", "active"),
-    [(NF4(), 1, 4, 2), (NF4(), 11, 3, 2), (NF4(), 20, 5, 2), (Int4(32), 3, 40, 3), (Int4(128), 6, 2, 1)],
+    ("format", "M", "experts", "active", "F"),
+    [(NF4(), 1, 4, 2, 512), (NF4(), 11, 3, 2, 512), (NF4(), 20, 5, 2, 512), (Int4(32), 3, 40, 3, 512),
+     (Int4(128), 6, 2, 1, 512), (NF4(), 2, 3, 2, 192)],
     ids=str,
-)
-def test_experts(counters: Tensor, format: Format, M: int, experts: int, active: int) -> None:
-    """Few pairs and many, more experts than a warp has lanes, more than 8 tokens of one expert, one expert each."""
-    D, F = 256, 512
+)  # fmt: skip
+def test_experts(counters: Tensor, format: Format, M: int, experts: int, active: int, F: int) -> None:
+    """Few pairs and many, more experts than a warp has lanes, more than 8 tokens of one expert, one expert each, and
+    scales of down that are not held as those of gate and up."""
+    D = 256
     generator = torch.Generator().manual_seed(M)
     gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
     down = TileLayout.make((D,), F, format.levels, format.block_size, True)

@@ -5,7 +5,9 @@ or two tokens go through our own loop (gemv.py, where numba is installed); for m
 and torch multiplies. Without bitsandbytes torch does both.
 """
 
+import ctypes
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +30,29 @@ def bitsandbytes() -> Any:
 
 
 @cache
+def fused() -> Any:
+    """bitsandbytes' kernel that multiplies from the codes, or None where this CPU or the package has none.
+
+    It is taken from the package's library for CPUs, also beside a GPU: there bitsandbytes loads another one, without it.
+    """
+    functional = bitsandbytes()
+    if functional is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(Path(functional.__file__).with_name("libbitsandbytes_cpu.so")))
+        kernel = library.gemv_4bit_inference_cpu_nf4_bf16 if library.has_avx512bf16_cpu() else None
+    except (OSError, AttributeError):  # another system, or another release
+        return None
+    if kernel is not None:
+        number, place = ctypes.c_int64, ctypes.c_void_p
+        kernel.argtypes = (number, number, number, place, place, place, place, number, number, number)
+        kernel.restype = None
+    return kernel
+
+
 def has_fused() -> bool:
     """True where bitsandbytes has a kernel that multiplies from the codes on this CPU."""
-    functional = bitsandbytes()
-    return functional is not None and bool(functional.has_avx512bf16())
+    return fused() is not None
 
 
 def fuses(N: int, K: int, dtype: torch.dtype) -> bool:
@@ -57,7 +78,7 @@ class PackedLinear:
         self.block_size = first.block_size
         self.codes = torch.cat([q.codes for q in parts])
         self.absmax = torch.cat([decode_absmax(q) for q in parts])
-        self.fused_state: Any = None
+        self.repacked = False
         N, K = self.shape
         self.arrays: gemv.Arrays | None = None
         if fuses(N, K, dtype):
@@ -75,19 +96,28 @@ class PackedLinear:
             quant_type="nf4",
             dtype=torch.bfloat16,
         )
-        self.codes, self.fused_state = functional._convert_weight_packed_for_cpu(self.codes, state)
-        self.absmax = self.fused_state.absmax
+        self.codes, state = functional._convert_weight_packed_for_cpu(self.codes, state)
+        self.absmax, self.repacked = state.absmax, True
 
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        if self.fused_state is not None:
-            return bitsandbytes().gemv_4bit(x, self.codes, state=self.fused_state).to(out_dtype)
+        if self.repacked:
+            return self._fused(x).to(out_dtype)
         if self.arrays is not None and x.numel() <= gemv.TOKENS * self.shape[1] and not x.requires_grad:
             return gemv.linear(x, self.arrays, self.shape[0]).to(out_dtype)
         return torch.nn.functional.linear(x, self.decode(x.dtype)).to(out_dtype)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        (N, K), rows = self.shape, x.detach().reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+        out = torch.empty(len(rows), N, dtype=torch.bfloat16)
+        fused()(
+            len(rows), N, K, rows.data_ptr(), self.codes.data_ptr(), self.absmax.data_ptr(), out.data_ptr(),
+            self.block_size, K, N,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], N)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The matrix [N, K]; only for a matrix that was not repacked."""

@@ -135,6 +135,8 @@ def fits(products: Sequence[Product], M: int, active: int, experts: int) -> bool
     """Whether one launch can make them for M tokens with so many experts each."""
     sizes, device = tuple((product.operand.layout, product.splits) for product in products), products[0].x.device
     lists = _lists_nbytes(M, active, experts)
+    if len({(layout.levels, layout.nested, layout.scale_columns) for layout, _ in sizes}) > 1:
+        return False
     return _shape(sizes, min(_job_tokens(M, experts), M), lists, shared_limit(device)).slots > 0
 
 
@@ -163,8 +165,8 @@ def _fill(
         _nested_span(layout), *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout),
         *_tables(layout.levels),
     )  # fmt: skip
-    for (name, _), value in zip(args._fields_, values, strict=True):
-        setattr(args, name, value)
+    for field, value in zip(args._fields_, values, strict=True):
+        setattr(args, field[0], value)
 
 
 @cache
