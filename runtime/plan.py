@@ -185,7 +185,8 @@ def fused_workspace_nbytes(config: ModelConfig, dtype: torch.dtype, tokens: int)
     projected, hidden = tokens * 4 * HK * dtype.itemsize, 3 * tokens * D * dtype.itemsize
     routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
     work = hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
-    return 2 * (CUBLAS_NBYTES + TILE_NBYTES) + work  # decode steps have a stream, and so these, of their own
+    # Decode steps have a stream, and so these, of their own, and graphs a place for the sums.
+    return 2 * CUBLAS_NBYTES + 3 * TILE_NBYTES + work
 
 
 def loading_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:

@@ -127,7 +127,7 @@ def _kernels(
     """
 
     def ours(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return table.decode(x, ids, weights, alone=True)
+        return table.decode(x, ids, weights)
 
     yield name, {M: [partial(ours, x, *routing) for routing in routings[M]] for M, x in xs.items()}, BOUND
     for peer, make in peers.PEERS[experts[0][0].levels].items():

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Collection, Sequence
+from itertools import cycle, islice
+from statistics import median
 from typing import Literal
 
 import torch
@@ -14,7 +16,8 @@ from minibble.runtime.experts.tiering import Key
 from minibble.runtime.kernels.linear4 import Packed, linear, prepare
 
 CPU = torch.device("cpu")
-TIMED = 3  # runs of an expert, of which the quickest counts
+TIMED = 3  # experts that are timed
+WARM, ROUNDS = 8, 8  # runs before, in which threads start and clocks rise, from 20 ms to 2; and of those that count
 
 
 class Processor:
@@ -45,13 +48,13 @@ class Processor:
 
     def seconds(self) -> float:
         """How long an expert takes for one token, measured now; infinity without any."""
-        times = []
-        for key in list(self._down)[:TIMED]:
+        keys, times = list(self._down)[:TIMED], []
+        for key in islice(cycle(keys), WARM + ROUNDS):
             x = torch.ones(1, self._gate_up[key].shape[1])
             began = time.perf_counter()
             self(key, x)
             times.append(time.perf_counter() - began)
-        return min(times, default=float("inf"))
+        return median(times[WARM:]) if keys else float("inf")
 
 
 def shared_out(missing: int, copy_s: float, compute_s: float) -> int:

@@ -118,11 +118,11 @@ def test_every_chunk_is_taken_once(tmp_path: Path, warps: int) -> None:
         pytest.skip("no C++ compiler")
     parts = [
         SHIMS,
-        f"#define PHASES 1\n#define WARPS {warps}\n#define TOKENS 8\n#define TABLE_STRIDE 128\n",
+        f"#define WARPS {warps}\n#define TOKENS 8\n#define TABLE_STRIDE 128\n",
         "#define SCALE_KIND 0\n#define SCALE_COLUMNS 64\n",
         "typedef unsigned int u32;\ntypedef unsigned long long u64;",
         section("skinny_shape.cuh", "#define FRAGMENTS", None),
-        section("skinny_work.cuh", "struct Shared", "// The record of the lane's expert"),
+        section("skinny_work.cuh", "struct Shared", "// The matrix of the lane's expert"),
         section("skinny.cu", "// Where a block's share", "extern __shared__"),
         HARNESS,
     ]
@@ -161,7 +161,7 @@ def test_work_fits_into_shared_memory(
     assert most >= (64 if card is H100 else 1)
     M = min(M, most)
     splits = skinny.splits_for(layout, M, device)
-    shape = skinny._shape(((layout, splits),), min(8, M), skinny._lists_nbytes(M, 1, 0), card["shared"])
+    shape = skinny._shape(layout, min(8, M), splits, skinny._lists_nbytes(M, 1, 0), card["shared"])
     assert 2 <= shape.slots <= 6 and shape.nbytes <= card["shared"]
     assert shape.segment_tiles >= 8 and (card is SMALL or shape.warps == skinny.WARPS[0])
 

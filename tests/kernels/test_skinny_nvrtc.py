@@ -12,6 +12,6 @@ from minibble.runtime.kernels.linear4 import skinny
 @pytest.mark.parametrize(("tokens", "stride"), [(16, 256), (16, 128), (8, 128)])
 def test_variants(arch: str, warps: int, kind: int, columns: int, tokens: int, stride: int) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC", exc_type=ImportError)
-    kernel = skinny._kernel(1, warps, kind, columns, tokens, stride)
+    kernel = skinny._kernel(warps, kind, columns, tokens, stride)
     text = "\n".join(path.read_text() for path in kernel.sources)
     assert b"skinny" in nvrtc._compile(text, kernel.sources[-1].name, kernel.macros, arch)

@@ -206,6 +206,27 @@ def test_sums_of_shared_tiles_do_not_vary(hopper: torch.device) -> None:
 
 
 @pytest.mark.gpu
+def test_replayed_one_after_the_other(hopper: torch.device) -> None:
+    """Kernels of a graph overlap: each waits for what the one ahead makes, and for the place where sums are handed over."""
+    layout, data = packed(encoded(NF4(), ((6144, 6144),), hopper))
+    x = torch.randn(100, 6144, device=hopper).bfloat16()
+
+    def chain() -> list[torch.Tensor]:
+        made = [x]
+        for _ in range(6):
+            made.append(tile.linear(made[-1], data, layout))
+        return made
+
+    right = chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = chain()
+    for _ in range(5):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(made, right, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("E", "A", "D", "F"), [(8, 2, 512, 768), (5, 3, 768, 1152)])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 def test_experts(hopper: torch.device, format: Format, E: int, A: int, D: int, F: int) -> None:

@@ -54,7 +54,7 @@ class TiledLinear:
         out = torch.empty(M, self.shape[0], dtype=out_dtype, device=x_MK.device)
         if M:
             splits = skinny.splits_for(self.layout, M, x_MK.device)
-            skinny.launch(skinny.Product(self.operand, skinny.BFLOAT16, x_MK, out, splits))
+            skinny.launch(self.operand, skinny.BFLOAT16, x_MK, out, splits=splits)
         return out
 
     def partial(self, x_MK: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class TiledLinear:
             return self._product(x_MK, torch.float32).unsqueeze(0)
         splits = skinny.splits_for(self.layout, M, x_MK.device)
         out = torch.empty(splits, M, self.shape[0], device=x_MK.device)
-        skinny.launch(skinny.Product(self.operand, skinny.PARTS, x_MK.contiguous(), out, splits))
+        skinny.launch(self.operand, skinny.PARTS, x_MK.contiguous(), out, splits=splits)
         return out
 
     def _few(self, device: torch.device) -> int:

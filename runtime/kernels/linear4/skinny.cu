@@ -7,11 +7,9 @@
 // scales are applied in float32 to the sums over their columns. Jobs are (expert, up to TOKENS of its tokens); a plain
 // product is the job of one expert.
 //
-// With two PHASES a launch is both products of the experts: gate and up, whose results are x of down. Between them all
-// blocks wait for each other, while the first weights of down are on their way. So they must all be there at once:
-// two such launches may not run side by side, but one after the other on a stream.
+// One function serves all uses in a layer, whose code so stays in the processors' caches.
 //
-// Macros: PHASES; WARPS; TOKENS of a job, 8 or 16; TABLE_STRIDE, 128 or 256; SCALE_KIND 0 double quantization, 1 float32,
+// Macros: WARPS; TOKENS of a job, 8 or 16; TABLE_STRIDE, 128 or 256; SCALE_KIND 0 double quantization, 1 float32,
 // 2 float16; SCALE_COLUMNS of one scale.
 
 // The tables come with the launch: but for the addresses of matrices nothing is read from memory before the ids are.
@@ -44,63 +42,44 @@ __device__ inline Shared carve(const Args& a) {
     char* at = shared;
     sh.lut = at, at += LUT_NBYTES;
     sh.ring = at, at += WARPS * a.slots * SLOT_NBYTES;
-    sh.x = at, at += a.x_nbytes;
+    sh.x = at, at += a.token_rows * x_stride(a);
     sh.sums = (float*)at, at += a.sum_rows * SUM_STRIDE * 4;
     sh.bars = (u64*)at, at += WARPS * a.slots * 8;
     int jobs = a.ids == nullptr ? (a.M + TOKENS - 1) / TOKENS : a.M * a.active;
     sh.job_matrix = (const char**)at, at += 8 * jobs;
     sh.map = (float*)at, at += SCALE_KIND == 0 ? 1024 : 0;
     sh.meta = (float2*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 16 : 0;
-    sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.nested_room * 4 : 0;
+    sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.nested_span * 4 : 0;
     sh.pairs = (int*)at, at += 4 * TOKENS * jobs;
     sh.job_count = (int*)at, at += 4 * jobs;
     sh.last = (int*)at;
     return sh;
 }
 
-// The units of a phase that are this block's.
-__device__ inline void take_share(const Args& a, int jobs, int& start, int& stop) {
-    int units = jobs * a.splits * a.tiles;
-    start = share(blockIdx.x, units), stop = share(blockIdx.x + 1, units);
-}
-
-// On to the warp's next part, of the next phase after the last one of this; false after the last of all.
-__device__ inline bool stream_on(const Launch& l, const Shared& sh, Stream& s, int jobs, int warp) {
-    while (!stream_segment(l.of[s.phase], sh, s, warp)) {
-        if (++s.phase == PHASES) return false;
-        take_share(l.of[s.phase], jobs, s.unit, s.stop);
-    }
-    return true;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_constant__ Launch l) {
-    const Args& a0 = l.of[0];
-    Shared sh = carve(a0);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
+    Shared sh = carve(a);
     // All lanes take the first one's, so that the compiler sees numbers of the warp and keeps them once.
-    int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, (int)(threadIdx.x / 32), 0), slots = a0.slots;
-    char* ring = sh.ring + warp * slots * SLOT_NBYTES;
-    u64* bars = sh.bars + warp * slots;
-    if (lane < slots) barrier_init(bars + lane, ARRIVALS);
+    int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, (int)(threadIdx.x / 32), 0);
+    char* ring = sh.ring + warp * a.slots * SLOT_NBYTES;
+    u64* bars = sh.bars + warp * a.slots;
+    if (lane < a.slots) barrier_init(bars + lane, ARRIVALS);
     barriers_ready();
-    const char* matrix = matrix_of_lane(a0, lane);
+    const char* matrix = matrix_of_lane(a, lane);
     // The router's choice is what the kernel before has just made, or one of the kernels before that.
-    bool chosen = a0.epilogue != GATE_UP;
+    bool chosen = a.epilogue != GATE_UP;
     if (!chosen) {
-        fill_tables(a0, sh, lane, warp);
+        fill_tables(a, sh, lane, warp);
         wait_for_previous_kernel();
     }
-    int jobs = make_jobs(a0, sh, matrix, expert_of_lane(a0, lane)), start, stop;
-    take_share(a0, jobs, start, stop);
-    if (PHASES == 1 && start == stop) return;
+    int units = make_jobs(a, sh, matrix, expert_of_lane(a, lane)) * a.splits * a.tiles;
+    int start = share(blockIdx.x, units), stop = share(blockIdx.x + 1, units);
+    if (start == stop) return;
     // The little that is needed first goes ahead of the stream, in which it would wait for its turn.
-    Segment seg = {};
-    if (start < stop) {
-        seg = segment_at(a0, sh, start, stop);
-        load_nested(a0, sh, seg);
-        if (!chosen) load_x(a0, sh, seg);
-    }
+    Segment seg = segment_at(a, sh, start, stop);
+    load_nested(a, sh, seg);
+    if (!chosen) load_x(a, sh, seg);
     Stream ahead = {start, stop};
-    bool more = stream_on(l, sh, ahead, jobs, warp);
+    bool more = stream_segment(a, sh, ahead, warp);
     Stream now = ahead;
     bool second = true;
     int filled = 0;
@@ -109,85 +88,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const __grid_con
         second = !second;
         if (!second) return;
         stream_step(ahead);
-        if (ahead.q == ahead.q_end) more = stream_on(l, sh, ahead, jobs, warp);
+        if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
     };
     // Weights never change, so the stream begins before the kernel ahead of this one has ended.
-    for (; filled < a0.first_slots && more; ++filled) refill(filled);
+    for (; filled < a.first_slots && more; ++filled) refill(filled);
     if (chosen) {
-        fill_tables(a0, sh, lane, warp);
+        fill_tables(a, sh, lane, warp);
         wait_for_previous_kernel();
-        if (start < stop) load_x(a0, sh, seg);
+        load_x(a, sh, seg);
     }
 
     int slot = 0;
     u32 parity = 0;
     float sums[2][4 * FRAGMENTS] = {};
-#pragma unroll
-    for (int phase = 0; phase < PHASES; ++phase) {
-        const Args& a = l.of[phase];
-        if (phase) {
-            take_share(a, jobs, start, stop);
-            if (start < stop) {
-                seg = segment_at(a, sh, start, stop);
-                load_nested(a, sh, seg);
-            }
-            wait_for_blocks(l.blocks);
-            if (start < stop) load_x(a, sh, seg);
+    for (int unit = start; unit < stop;) {
+        bool other_x = unit == start;
+        if (unit > start) {
+            int job = seg.job, split = seg.split;
+            seg = segment_at(a, sh, unit, stop);
+            other_x = seg.job != job || seg.split != split;
+            if (other_x) load_x(a, sh, seg);
+            load_nested(a, sh, seg);
         }
-        for (int unit = start; unit < stop;) {
-            bool other_x = unit == start;
-            if (unit > start) {
-                int job = seg.job, split = seg.split;
-                seg = segment_at(a, sh, unit, stop);
-                other_x = seg.job != job || seg.split != split;
-                if (other_x) load_x(a, sh, seg);
-                load_nested(a, sh, seg);
+        const char* rows[FRAGMENTS];
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f)
+            rows[f] = sh.x + min(8 * f + (lane & 7), seg.tokens - 1) * x_stride(a) + (lane >> 3) * 16;
+        wait_for_copies();
+        if (other_x) order_x(a, sh, seg);
+        __syncthreads();
+        if (unit == start)
+            for (; filled < a.slots && more; ++filled) refill(filled);
+        int first = split_start(a, seg.split);
+        if (unit > start) now.unit = unit, now.stop = unit + seg.count, stream_segment(a, sh, now, warp);
+        if (now.unit == unit + seg.count)  // else the warp has no part of this segment
+            while (now.q < now.q_end) {
+                const char* x[FRAGMENTS];
+#pragma unroll
+                for (int f = 0; f < FRAGMENTS; ++f) x[f] = rows[f] + now.c * 512 + 256;
+                RowScales scales[2][2];
+                Operands operands;
+                char* at = ring + slot * SLOT_NBYTES;
+                barrier_wait(bars + slot, parity);
+                load_scales(a, sh, at + HALF_NBYTES, now.tile, first + now.c, scales, lane);
+                load_operands(operands, at, x, lane);
+                __syncwarp();
+                if (more) refill(slot);
+                multiply_half<1>(sh, operands, scales, sums, lane);
+                if (++slot == a.slots) slot = 0, parity ^= 1;
+                at = ring + slot * SLOT_NBYTES;
+                barrier_wait(bars + slot, parity);
+#pragma unroll
+                for (int f = 0; f < FRAGMENTS; ++f) x[f] -= 256;
+                load_operands(operands, at, x, lane);
+                __syncwarp();
+                if (more) refill(slot);
+                multiply_half<0>(sh, operands, scales, sums, lane);
+                if (++slot == a.slots) slot = 0, parity ^= 1;
+                int tile = now.tile;
+                stream_step(now);
+                if (now.tile != tile || now.q == now.q_end) store_partial(sh, tile + warp, seg.tokens, sums, lane);
             }
-            const char* rows[FRAGMENTS];
-#pragma unroll
-            for (int f = 0; f < FRAGMENTS; ++f)
-                rows[f] = sh.x + min(8 * f + (lane & 7), seg.tokens - 1) * x_stride(a) + (lane >> 3) * 16;
-            wait_for_copies();
-            if (other_x) order_x(a, sh, seg);
-            __syncthreads();
-            for (; filled < slots && more; ++filled) refill(filled);
-            filled = slots;
-            int first = split_start(a, seg.split);
-            if (phase || unit > start) now.unit = unit, now.stop = unit + seg.count, stream_segment(a, sh, now, warp);
-            else if (now.phase) now.q = now.q_end;
-            if (now.unit == unit + seg.count)  // else the warp has no part of this segment
-                while (now.q < now.q_end) {
-                    const char* x[FRAGMENTS];
-#pragma unroll
-                    for (int f = 0; f < FRAGMENTS; ++f) x[f] = rows[f] + now.c * 512 + 256;
-                    RowScales scales[2][2];
-                    Operands operands;
-                    char* at = ring + slot * SLOT_NBYTES;
-                    barrier_wait(bars + slot, parity);
-                    load_scales(a, sh, at + HALF_NBYTES, now.tile, first + now.c, scales, lane);
-                    load_operands(operands, at, x, lane);
-                    __syncwarp();
-                    if (more) refill(slot);
-                    multiply_half<1>(sh, operands, scales, sums, lane);
-                    if (++slot == slots) slot = 0, parity ^= 1;
-                    at = ring + slot * SLOT_NBYTES;
-                    barrier_wait(bars + slot, parity);
-#pragma unroll
-                    for (int f = 0; f < FRAGMENTS; ++f) x[f] -= 256;
-                    load_operands(operands, at, x, lane);
-                    __syncwarp();
-                    if (more) refill(slot);
-                    multiply_half<0>(sh, operands, scales, sums, lane);
-                    if (++slot == slots) slot = 0, parity ^= 1;
-                    int tile = now.tile;
-                    stream_step(now);
-                    if (now.tile != tile || now.q == now.q_end) store_partial(sh, tile + warp, seg.tokens, sums, lane);
-                }
-            __syncthreads();
-            write_outputs(a, sh, seg);
-            if (a.epilogue == TO_BFLOAT16 && a.splits > 1) add_parts(a, sh, seg);
-            unit += seg.count;
-        }
-        if (phase + 1 < PHASES) tell_blocks(l.blocks);
+        __syncthreads();
+        write_outputs(a, sh, seg);
+        if (a.epilogue == TO_BFLOAT16 && a.splits > 1) add_parts(a, sh, seg);
+        unit += seg.count;
     }
 }

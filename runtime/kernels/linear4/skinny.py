@@ -4,10 +4,10 @@ M tokens, N rows, K columns, A experts chosen for each token.
 """
 
 import ctypes
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("table", "matrix", "ids", "weights", "x", "out")),
         *((name, ctypes.c_int) for name in ("M", "active", "experts", "N", "K", "tiles", "chunks", "splits")),
         *((name, ctypes.c_int) for name in ("token_rows", "slots", "first_slots", "segment_tiles", "sum_rows")),
-        *((name, ctypes.c_int) for name in ("x_nbytes", "nested_room")),
         *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
         ("nested_span", ctypes.c_int),
         ("parts", ctypes.c_void_p),
@@ -82,101 +81,50 @@ class Operand:
     start: int = 0
 
 
-@dataclass(frozen=True)
-class Product:
-    """`operand` times the rows of `x`, bfloat16 [rows, K], into `out` as `epilogue` says, K cut into `splits` parts.
+def launch(
+    operand: Operand,
+    epilogue: int,
+    x: Tensor,
+    out: Tensor,
+    *,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    splits: int = 1,
+) -> None:
+    """Multiply the rows of `x`, bfloat16 [rows, K], into `out` as `epilogue` says, on torch's current stream.
 
-    BFLOAT16 gives bfloat16 [M, N], PARTS float32 [splits, M, N]. GATE_UP takes x [M, K] and gives bfloat16 [M * A, F];
-    DOWN takes [M * A, F] and gives float32 [A * splits, M, N].
+    `ids` int32 [M, A] and `weights` float32 [M, A] are the experts chosen and the router's weights. GATE_UP takes x
+    [M, K] and gives bfloat16 [M * A, F]; DOWN takes [M * A, F] and gives float32 [A * splits, M, N].
     """
-
-    operand: Operand
-    epilogue: int
-    x: Tensor
-    out: Tensor
-    splits: int = 1
-
-
-def launch(*products: Product, ids: Tensor | None = None, weights: Tensor | None = None) -> None:
-    """Make one product, or GATE_UP and DOWN of the same experts, in one launch on torch's current stream.
-
-    `ids` int32 [M, A] and `weights` float32 [M, A] are the experts chosen and the router's weights. Of two products the
-    second waits for all of the first, so all of the GPU's processors are needed at once: no other launch of two may run
-    beside it, and what else does must end by itself.
-    """
-    table, device = products[0].operand.table, products[0].x.device
-    M, active = (products[0].x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
+    layout, table = operand.layout, operand.table
+    assert (ids is None) == (table is None)
+    M, active = (x.shape[0], 1) if ids is None else (ids.shape[0], ids.shape[1])
     experts = 0 if table is None else table.numel()
-    assert M <= MAX_TOKENS and experts <= MAX_EXPERTS and (ids is None) == (table is None)
+    assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
+    assert out.is_contiguous() and out.data_ptr() % 16 == 0 and M <= MAX_TOKENS and experts <= MAX_EXPERTS
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
+    device = x.device
     tokens = _job_tokens(M, experts)
-    sizes = tuple((product.operand.layout, product.splits) for product in products)
-    shape = _shape(sizes, min(tokens, M), _lists_nbytes(M, active, experts), shared_limit(device))
-    assert shape.slots, f"{products[0].operand.layout.K} columns of {M} tokens do not fit into shared memory"
+    lists = _lists_nbytes(M, active, experts)
+    shape = _shape(layout, min(tokens, M * active), splits, lists, shared_limit(device))
+    assert shape.slots, f"{layout.K} columns of {M} tokens do not fit into shared memory"
     parts = arrived = None
-    if products[0].epilogue == BFLOAT16 and products[0].splits > 1:
-        layout = products[0].operand.layout
-        parts = torch.empty(products[0].splits, M, 32 * layout.tiles, device=device)
+    if epilogue == BFLOAT16 and splits > 1:
+        parts = torch.empty(splits, M, 32 * layout.tiles, device=device)
         arrived = counters(device)
         assert -(-M // tokens) * layout.tiles <= len(arrived), f"{layout.N} rows are too many to split"
-    common = (shape, min(tokens, M), M, active, experts, ids, weights, parts, arrived)
-    both = _structure(len(products))()
-    for place, product in zip(both.of, products, strict=True):
-        _fill(place, product, *common)
-    both.blocks = counters(device).data_ptr() if len(products) > 1 else None
-    first = products[0].operand.layout
-    kind = 0 if first.nested else 1 if first.levels == "nf4" else 2
-    kernel = _kernel(len(products), shape.warps, kind, first.scale_columns, tokens, shape.table_stride)
-    with torch.cuda.device_of(products[0].x):
-        kernel.launch(multiprocessors(device), 32 * shape.warps, [both], shape.nbytes, overlap=True)
-
-
-def fits(products: Sequence[Product], M: int, active: int, experts: int) -> bool:
-    """Whether one launch can make them for M tokens with so many experts each."""
-    sizes, device = tuple((product.operand.layout, product.splits) for product in products), products[0].x.device
-    lists = _lists_nbytes(M, active, experts)
-    if len({(layout.levels, layout.nested, layout.scale_columns) for layout, _ in sizes}) > 1:
-        return False
-    return _shape(sizes, min(_job_tokens(M, experts), M), lists, shared_limit(device)).slots > 0
-
-
-def _fill(
-    args: _Args,
-    product: Product,
-    shape: "_Shape",
-    token_rows: int,
-    M: int,
-    active: int,
-    experts: int,
-    ids: Tensor | None,
-    weights: Tensor | None,
-    parts: Tensor | None,
-    arrived: Tensor | None,
-) -> None:
-    operand, layout, x, out = product.operand, product.operand.layout, product.x, product.out
-    assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
-    assert out.is_contiguous() and out.data_ptr() % 16 == 0
-    values = (
-        product.epilogue,
-        *(None if t is None else t.data_ptr() for t in (operand.table, operand.data, ids, weights, x, out)), M, active,
-        experts, layout.N // 2 if product.epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks,
-        product.splits, token_rows, shape.slots, FIRST_SLOTS, shape.segment_tiles, shape.sum_rows, shape.x_nbytes,
-        shape.nested_room, operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts),
-        _nested_span(layout), *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout),
-        *_tables(layout.levels),
+    args = _Args(
+        epilogue,
+        *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
+        layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
+        min(tokens, M * active), shape.slots, FIRST_SLOTS, shape.segment_tiles, shape.sum_rows,
+        operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
+        *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
-    for field, value in zip(args._fields_, values, strict=True):
-        setattr(args, field[0], value)
-
-
-@cache
-def _structure(phases: int) -> type[ctypes.Structure]:
-    """skinny.cu's Launch."""
-
-    class Launch(ctypes.Structure):
-        _fields_ = (("of", _Args * phases), ("blocks", ctypes.c_void_p))
-
-    return Launch
+    kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
+    kernel = _kernel(shape.warps, kind, layout.scale_columns, tokens, shape.table_stride)
+    with torch.cuda.device_of(x):
+        kernel.launch(multiprocessors(device), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
 
 @cache
@@ -191,7 +139,7 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
     found: list[tuple[int, float, int]] = []
     most = MAX_SPLITS if experts or units <= COUNT else 1
     for splits in range(1, min(layout.chunks, most) + 1):
-        shape = _shape(((layout, splits),), min(tokens, M), _lists_nbytes(M, active, experts), limit)
+        shape = _shape(layout, min(tokens, M * active), splits, _lists_nbytes(M, active, experts), limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
         second = _SECOND_SEGMENT if _cut_by_groups(jobs * splits, layout.tiles, processors) else 0.0
         if shape.slots:
@@ -213,7 +161,7 @@ def most_tokens(layout: TileLayout, device: torch.device, whole: bool, active: i
     for M in (MAX_TOKENS, 32, 16, 8, 4, 2, 1):
         splits = 1 if whole else splits_for(layout, M, device, active, experts)
         lists = _lists_nbytes(M, active, experts)
-        if splits and _shape(((layout, splits),), min(_job_tokens(M, experts), M), lists, limit).slots:
+        if splits and _shape(layout, min(_job_tokens(M, experts), M * active), splits, lists, limit).slots:
             return M
     return 0
 
@@ -230,33 +178,27 @@ def _lists_nbytes(M: int, active: int, experts: int) -> int:
     return 4 * ((tokens + 3) * jobs + (jobs + experts if experts else 0))
 
 
-Sizes = tuple[tuple[TileLayout, int], ...]  # of a launch's products: the matrix, and into how many parts K is cut
-
-
 @dataclass(frozen=True)
 class _Shape:
-    """Of a block: warps, half chunks that each keeps in flight (0: no room), tiles of a segment, and what there is room
-    for: sums of 32 rows, bytes of x, second-level scales of 16 rows; bytes of shared memory, and of the table of levels
-    from entry to entry."""
+    """Of a block: warps, half chunks that each keeps in flight (0: no room), tiles of a segment, sums of 32 rows that
+    there is room for, bytes of shared memory, and of the table of levels from entry to entry."""
 
     warps: int
     slots: int
     segment_tiles: int
     sum_rows: int
-    x_nbytes: int
-    nested_room: int
     nbytes: int
     table_stride: int = 256
 
 
 @cache
-def _shape(sizes: Sizes, token_rows: int, lists: int, limit: int) -> _Shape:
+def _shape(layout: TileLayout, token_rows: int, splits: int, lists: int, limit: int) -> _Shape:
     for warps in WARPS:
-        for stride, slots, segment in _choices(warps, sizes[0][0]):
-            shape = _fitted(warps, slots, segment, stride, sizes, token_rows, lists, limit)
+        for stride, slots, segment in _choices(warps, layout):
+            shape = _fitted(warps, slots, segment, stride, layout, token_rows, splits, lists, limit)
             if shape:
                 return shape
-    return _Shape(WARPS[-1], 0, 0, 0, 0, 0, 0)
+    return _Shape(WARPS[-1], 0, 0, 0, 0)
 
 
 def _choices(warps: int, layout: TileLayout) -> Iterator[tuple[int, int, int]]:
@@ -264,25 +206,31 @@ def _choices(warps: int, layout: TileLayout) -> Iterator[tuple[int, int, int]]:
     most = IN_FLIGHT // warps
     if layout.levels == "nf4":
         yield from ((TABLE_STRIDES[0], most, segment) for segment in SEGMENT_TILES[:2])
-    yield from itertools.product(TABLE_STRIDES[1:], range(most, 1, -1), SEGMENT_TILES)
+    yield from product(TABLE_STRIDES[1:], range(most, 1, -1), SEGMENT_TILES)
 
 
 def _fitted(
-    warps: int, slots: int, segment: int, stride: int, sizes: Sizes, token_rows: int, other: int, limit: int
+    warps: int,
+    slots: int,
+    segment: int,
+    stride: int,
+    layout: TileLayout,
+    token_rows: int,
+    splits: int,
+    other: int,
+    limit: int,
 ) -> _Shape | None:
     """A shape with those sizes if the sums of some tiles find room as well; `other` bytes are needed besides."""
-    first = sizes[0][0]
-    room = max(_nested_span(layout) for layout, _ in sizes)
-    nested = 1024 + segment * (16 + 8 * room) if first.nested else 0
-    table = 256 * stride if first.levels == "nf4" else 0
-    ring = warps * slots * (first.chunk_nbytes - CODES_NBYTES // 2 + 8)
-    x = token_rows * max(-(-layout.chunks // splits) * 2 * COLUMNS + 16 for layout, splits in sizes)
+    nested = 1024 + segment * (16 + 8 * _nested_span(layout)) if layout.nested else 0
+    table = 256 * stride if layout.levels == "nf4" else 0
+    ring = warps * slots * (layout.chunk_nbytes - CODES_NBYTES // 2 + 8)
+    x = token_rows * (-(-layout.chunks // splits) * 2 * COLUMNS + 16)
     fixed = table + ring + x + nested + 4 * segment + other
     sum_rows = min((limit - fixed) // _SUMS_NBYTES, (segment + warps) * token_rows)
     least = min(segment, 16 if stride == TABLE_STRIDES[0] else 8) + warps
     if sum_rows < least * token_rows:
         return None
-    return _Shape(warps, slots, segment, sum_rows, x, room, fixed + sum_rows * _SUMS_NBYTES, stride)
+    return _Shape(warps, slots, segment, sum_rows, fixed + sum_rows * _SUMS_NBYTES, stride)
 
 
 @cache
@@ -301,11 +249,9 @@ def _nested_span(layout: TileLayout) -> int:
 
 
 @cache
-def _kernel(
-    phases: int, warps: int, scale_kind: int, scale_columns: int, tokens: int = TOKENS, table_stride: int = 256
-) -> Kernel:
+def _kernel(warps: int, scale_kind: int, scale_columns: int, tokens: int = TOKENS, table_stride: int = 256) -> Kernel:
     macros: dict[str, int | str] = {
-        "PHASES": phases, "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
+        "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
         "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns,
     }  # fmt: skip
     return Kernel("skinny", [Path(__file__).with_name(name) for name in SOURCES], macros)

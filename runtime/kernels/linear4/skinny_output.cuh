@@ -112,26 +112,3 @@ __device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
         if (n < a.N) store_bfloat16((unsigned short*)a.out + (long long)pair * a.N + n, sum, a.N - n, a.N % 4 == 0);
     }
 }
-
-#if PHASES > 1
-// What this block has written is there for all.
-__device__ inline void tell_blocks(int* blocks) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(blocks, 1);
-    }
-}
-
-// Until all blocks have told so; the last one to see it makes both counters zero.
-__device__ inline void wait_for_blocks(int* blocks) {
-    if (threadIdx.x == 0) {
-        await_count(blocks, gridDim.x);
-        if (atomicAdd(blocks + 1, 1) == gridDim.x - 1) blocks[0] = blocks[1] = 0;
-    }
-    __syncthreads();
-}
-#else
-__device__ inline void tell_blocks(int*) {}
-__device__ inline void wait_for_blocks(int*) {}
-#endif

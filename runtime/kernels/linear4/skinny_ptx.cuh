@@ -4,7 +4,6 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define EVICT_FIRST 0x12F0000000000000ull  // the policy createpolicy.fractional.L2::evict_first makes: read once
-#define MOST_CYCLES (1ll << 33)  // some seconds
 #define ARRIVALS (__CUDA_ARCH__ >= 900 ? 1 : 32)  // that a barrier waits for: the copy engine's, or each lane's
 
 __device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -71,16 +70,6 @@ __device__ inline void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
-}
-
-// Until `*count` is `wanted`, by what others write before they add to it. A launch whose blocks cannot all run at once
-// ends with an error instead of never.
-__device__ inline void await_count(const int* count, int wanted) {
-    long long began = clock64();
-    for (int found = 0; found != wanted;) {
-        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
-        if (clock64() - began > MOST_CYCLES) __trap();
-    }
 }
 
 // Four matrices of 8 rows of 16 bytes, lane 8 i + r giving the place of row r of matrix i: B's registers of 32 columns.

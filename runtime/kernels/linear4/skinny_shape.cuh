@@ -33,10 +33,9 @@ struct Args {
     char* out;
     int M, active, experts;
     int N, K, tiles, chunks, splits;
-    int token_rows;          // tokens of a job that shared memory has room for: min(TOKENS, M)
+    int token_rows;          // pairs of a job that shared memory has room for; a token may choose an expert twice
     int slots, first_slots;  // of a warp's ring; those of them asked for before x is
     int segment_tiles, sum_rows;  // what shared memory has room for: tiles of a segment, and 32 sums of a token
-    int x_nbytes, nested_room;  // what it has for rows of x, and for second-level scales of 16 rows
     int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
     float* parts;            // room for float32 [splits, M, 32 tiles] where bfloat16 results have splits
     int* arrived;            // for each job and tile, how many of its splits are done; zeros before and after
@@ -45,11 +44,4 @@ struct Args {
     unsigned short levels[16];  // bfloat16, of each code
     float map[256];          // double quantization's first-level table, times `unscale`
     float unscale;           // what scales are multiplied with, as kernel levels are larger than stored ones
-};
-
-// The phases of a launch; what lies in shared memory where is the first one's to say. `blocks` are two counters, zero
-// before and after.
-struct Launch {
-    Args of[PHASES];
-    int* blocks;
 };

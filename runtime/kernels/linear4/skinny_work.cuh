@@ -21,7 +21,7 @@ struct Shared {
     float *sums, *map, *nested;
     float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), and offset
     u64* bars;
-    const char** job_matrix;  // where the record of job j's expert begins, or the only matrix
+    const char** job_matrix;  // where the matrix of job j's expert begins
     int *pairs, *job_count, *last;  // the pairs of job j begin at pairs[TOKENS * j]
 };
 
@@ -54,7 +54,6 @@ __device__ inline int x_stride(const Args& a) { return quotient(a.chunks + a.spl
 // The chunks of one warp, in the order in which it takes them.
 struct Stream {
     int unit, stop;   // where the next segment begins, where the block's range ends
-    int phase;
     int q, q_end;     // chunk of the segment
     int c, width;     // chunk of the tile within the split, chunks of the split
     int tile;         // of the segment
@@ -74,7 +73,7 @@ __device__ inline bool stream_segment(const Args& a, const Shared& sh, Stream& s
         s.tile = quotient(s.q, s.width);
         s.c = s.q - s.tile * s.width;
         s.skip = (a.chunks - s.width) * CHUNK_NBYTES;
-        s.from = sh.job_matrix[seg.job] + a.matrix_start + ((long long)(seg.tile + s.tile) * a.chunks + first + s.c) * CHUNK_NBYTES;
+        s.from = sh.job_matrix[seg.job] + ((long long)(seg.tile + s.tile) * a.chunks + first + s.c) * CHUNK_NBYTES;
         if (s.q < s.q_end) return true;
     }
     return false;
@@ -90,9 +89,9 @@ __device__ inline void stream_step(Stream& s) {
     }
 }
 
-// The record of the lane's expert, or the only matrix: known long before the ids are.
+// The matrix of the lane's expert, or of the only one: known long before the ids are.
 __device__ inline const char* matrix_of_lane(const Args& a, int lane) {
-    return a.ids == nullptr ? a.matrix : (const char*)a.table[min(lane, a.experts - 1)];
+    return a.ids == nullptr ? a.matrix : (const char*)a.table[min(lane, a.experts - 1)] + a.matrix_start;
 }
 
 // That of the pair with the lane's number, or one that no pair has.
@@ -108,7 +107,7 @@ __device__ int jobs_of_a_warp(const Args& a, Shared& sh, int pairs, const char* 
     int rank = __popc(same & below);
     u32 leaders = __ballot_sync(0xffffffff, lane < pairs && rank % TOKENS == 0);
     const char* own = (const char*)__shfl_sync(0xffffffff, (u64)matrix, expert & 31);
-    if (a.experts > 32 && lane < pairs) own = (const char*)a.table[expert];
+    if (a.experts > 32 && lane < pairs) own = (const char*)a.table[expert] + a.matrix_start;
     if (threadIdx.x < pairs) {
         u32 mine = leaders & same;
         for (int i = 0; i < rank / TOKENS; ++i) mine &= mine - 1;
@@ -141,7 +140,7 @@ __device__ int jobs_of_many(const Args& a, Shared& sh, int pairs) {
         for (int p = 0; p < pairs; ++p)
             if (ids[p] == e) sh.pairs[job * TOKENS + rank++] = p;
         for (int done = 0; done < rank; done += TOKENS, ++job) {
-            sh.job_matrix[job] = (const char*)a.table[e];
+            sh.job_matrix[job] = (const char*)a.table[e] + a.matrix_start;
             sh.job_count[job] = min(TOKENS, rank - done);
         }
     }
@@ -214,7 +213,7 @@ __device__ void order_x(const Args& a, const Shared& sh, const Segment& seg) {
 // Second-level scales of the segment's rows, for every 16 of them those that their blocks may need.
 __device__ void load_nested(const Args& a, const Shared& sh, const Segment& seg) {
 #if SCALE_KIND == 0
-    const char* record = sh.job_matrix[seg.job] + a.matrix_start;
+    const char* record = sh.job_matrix[seg.job];
     const char* meta = record + a.meta_start + 16 * seg.tile;
     int rows16 = 16 * (a.K / 64);
     for (int i = threadIdx.x; i < 2 * seg.count * a.nested_span; i += THREADS) {

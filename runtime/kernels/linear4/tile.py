@@ -279,20 +279,30 @@ def _table(levels: Any, device: torch.device) -> Tensor:
     return byte_levels(levels, device).contiguous()
 
 
-_WORKSPACES: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+_WORKSPACES: dict[tuple[torch.device, int | None], tuple[Tensor, Tensor]] = {}
 
 
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for the sums that blocks hand over, and their flags, 0 between launches; of the current stream.
 
-    What is made while a graph is captured belongs to that graph.
+    All graphs captured on a device share one: they must not be replayed at the same time.
     """
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key in _WORKSPACES:
-        return _WORKSPACES[key]
+    if torch.cuda.is_current_stream_capturing():
+        # Made here only if nothing ran before: then it belongs to the graph, which zeroes it at each replay, and no
+        # kernel of it begins before the one ahead has ended.
+        held = _WORKSPACES.get((device, None))
+        return _new_workspace(device) if held is None else held
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _WORKSPACES:
+        with torch.inference_mode(False):
+            for new in (key, (device, None)):
+                if new not in _WORKSPACES:
+                    _WORKSPACES[new] = _new_workspace(device)
+        torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
+    return _WORKSPACES[key]
+
+
+def _new_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     blocks = multiprocessors(device)
     partials = torch.empty(blocks * _BLOCK_ROWS * 128, dtype=torch.float32, device=device)
-    made = partials, torch.zeros(4 * blocks, dtype=torch.int32, device=device)
-    if not torch.cuda.is_current_stream_capturing():
-        _WORKSPACES[key] = made
-    return made
+    return partials, torch.zeros(4 * blocks, dtype=torch.int32, device=device)

@@ -66,11 +66,10 @@ class RecordTable:
             return tile.experts(x, ids_MA, weights_MA, self.addresses, self.gate_up, self.down, start, x_MD.dtype)
         return self._one_by_one(x, ids_MA, weights_MA).to(x_MD.dtype)
 
-    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, alone: bool = False) -> Tensor:
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """Parts whose sum is that of each token's experts, float32 [A * S, M, D], of up to FEW tokens.
 
-        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Nothing waits for the device. With `alone` both products
-        are one launch if there is room: no other such launch may run at the same time on the device.
+        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Nothing waits for the device.
         """
         (M, A), device, E = ids_MA.shape, y_MD.device, len(self.addresses)
         if not M:
@@ -81,21 +80,16 @@ class RecordTable:
             raise KernelError(f"{device}: too little shared memory for one token through these experts")
         if most < M:  # cards with less shared memory than Hopper's take them in turns
             each = zip(y_MD.split(most), ids_MA.split(most), weights_MA.split(most), strict=True)
-            return torch.cat([self.decode(*some, alone).sum(0, keepdim=True) for some in each], dim=1)
+            return torch.cat([self.decode(*some).sum(0, keepdim=True) for some in each], dim=1)
         h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
         # Made contiguous before the first launch: the second one reads the ids while that is still under way.
         ids_MA, weights_MA = ids_MA.contiguous(), weights_MA.contiguous()
+        gate_up = skinny.Operand(self.gate_up, table=self.addresses)
+        skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA)
         splits = skinny.splits_for(self.down, M, device, A, E)
         parts = torch.empty(A * splits, M, self.down.N, device=device)
-        gate_up = skinny.Operand(self.gate_up, table=self.addresses)
         down = skinny.Operand(self.down, table=self.addresses, start=self.gate_up.nbytes)
-        products = (
-            skinny.Product(gate_up, skinny.GATE_UP, y_MD.contiguous(), h),
-            skinny.Product(down, skinny.DOWN, h, parts, splits),
-        )
-        launches = [products] if alone and skinny.fits(products, M, A, E) else [products[:1], products[1:]]
-        for some in launches:
-            skinny.launch(*some, ids=ids_MA, weights=weights_MA)
+        skinny.launch(down, skinny.DOWN, h, parts, ids=ids_MA, weights=weights_MA, splits=splits)
         return parts
 
     def _one_by_one(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:

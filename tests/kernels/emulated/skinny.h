@@ -53,10 +53,6 @@ static void barrier_arrive_after_copies(u64* bar) {
 
 static void __threadfence() {}
 static int atomicAdd(int* p, int n) { int old = *p; *p += n; return old; }
-static void await_count(const int* count, int wanted) {
-    while (*count != wanted) yield();
-    moved = true;
-}
 static float __ldcg(const float* p) { return *p; }
 static float __fdividef(float a, float b) { return a / b; }
 static int __popc(u32 v) { return __builtin_popcount(v); }
