@@ -207,7 +207,7 @@ def test_sums_of_shared_tiles_do_not_vary(hopper: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_replayed_one_after_the_other(hopper: torch.device) -> None:
-    """Kernels of a graph overlap: each waits for what the one ahead makes, and for the place where sums are handed over."""
+    """Kernels of a graph overlap: each waits for what the one ahead makes, and for the place of sums handed over."""
     layout, data = packed(encoded(NF4(), ((6144, 6144),), hopper))
     x = torch.randn(100, 6144, device=hopper).bfloat16()
 

@@ -33,7 +33,7 @@ def bitsandbytes() -> Any:
 def fused() -> Any:
     """bitsandbytes' kernel that multiplies from the codes, or None where this CPU or the package has none.
 
-    It is taken from the package's library for CPUs, also beside a GPU: there bitsandbytes loads another one, without it.
+    It comes from the package's library for CPUs, also beside a GPU: there bitsandbytes loads another one, without it.
     """
     functional = bitsandbytes()
     if functional is None:
