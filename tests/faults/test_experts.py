@@ -297,7 +297,7 @@ def test_memory_is_given_back_when_the_store_cannot_be_made(tmp_path: Path, monk
 STEPS: list[tuple[str, str]] = [
     ("_tiers", "read"), ("_tiers", "may_read"), ("_bank.slots", "victim"), ("_bank.slots", "drop"),
     ("_bank.slots", "give"), ("_bank.slots", "touch"), ("_bank.lane", "bring"), ("_bank.lane", "wait"),
-    ("_bank.lane", "publish"), ("_bank", "_settle"), ("_bank", "_arrive"), ("_bank", "_forget"),
+    ("_bank.lane", "publish"), ("_bank", "_settled"), ("_bank", "_arrive"), ("_bank", "_forget"),
 ]  # fmt: skip
 
 
