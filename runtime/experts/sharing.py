@@ -16,47 +16,65 @@ if TYPE_CHECKING:
 def look(store: ExpertStore, places: Sequence[Tensor], given: Sequence[Tensor]) -> None:
     """Copy what a stretch has just made to host memory; its experts, and those of the layers before, have been used."""
     store.used_all()
+    _wait(_copy(places, given))
+
+
+def _copy(places: Sequence[Tensor], given: Sequence[Tensor]) -> "torch.cuda.Event | None":
+    """Begin to copy, among the computing; returns what to wait for."""
     for place, made in zip(places, given, strict=True):
         place.copy_(made, non_blocking=True)
-    if given[0].is_cuda:
-        torch.cuda.current_stream(given[0].device).synchronize()
+    if not given[0].is_cuda:
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(given[0].device))
+    return event
+
+
+def _wait(event: "torch.cuda.Event | None") -> None:
+    if event is not None:
+        event.synchronize()
 
 
 class SharedFetch:
     """As `table.Fetch`, but some of the missing experts are computed here while others come.
 
     What the GPU is left with is in places of its own: `ids` and `weights`, in which pairs that were computed here have
-    the weight 0 of an expert that is there, and `extra`, float32 [1, M, D], what these add.
+    the weight 0 of an expert that is there, and `extra`, float32 [1, M, D], what these add. The stretch before fills
+    them as if nothing were computed here, so that most layers cost no more than without.
     """
 
     def __init__(self, table: "OffloadedTable", processor: Processor, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor):
         self.table, self.processor = table, processor
         self.given, self.device = (ids_MA, weights_MA, y_MD), y_MD.device
+        extra = torch.zeros(1, *y_MD.shape, device=y_MD.device)
+        self._left = (ids_MA.clone(), weights_MA.clone(), extra)
         self._seen: list[Tensor] = []
-        self._left: list[Tensor] = []
 
     def prepare(self) -> None:
-        """Make room on both sides."""
+        """Make room in host memory."""
         if not self._seen:
             ids, weights, y = self.given
             pinned = y.is_cuda
             self._seen = [torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for x in (ids, weights, y)]
             self._seen.append(torch.empty(1, *y.shape, pin_memory=pinned))
-            self._left = [torch.empty_like(ids), torch.empty_like(weights), torch.zeros(1, *y.shape, device=y.device)]
 
     def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the GPU is to do: ids, weights, and what is to be added."""
-        ids, weights, extra = self._left
-        return ids, weights, extra
+        return self._left
 
     def run(self) -> None:
         """Have some come and compute the others; the host waits for the router's choice and for its own work."""
         self.prepare()
         table, (ids, weights, y, extra) = self.table, self._seen
-        look(table.store, self._seen[:3], self.given)
+        look(table.store, [ids], self.given[:1])
         chosen = list(dict.fromkeys(ids.flatten().tolist()))
         mine, anchor = self._mine(chosen)
+        # Asked for before the experts are: after that the GPU waits for these.
+        there = _copy([weights, y], self.given[1:]) if mine else None
         table.bring([expert for expert in chosen if expert not in mine] or [anchor])
+        if not mine:
+            return
+        _wait(there)
         extra.zero_()
         for expert in mine:
             pairs = ids == expert

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import minibble
 from minibble.quantize.errors import BudgetError, CheckpointError, StateError
 from minibble.runtime import graphs
+from minibble.runtime.experts import sharing
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import ALL_FROM, Fetch, OffloadedTable
 from minibble.runtime.experts.turns import Turns
@@ -217,6 +218,24 @@ def test_logits_are_those_of_the_resident_model(
         assert model.embedding.elsewhere == (where == "host") == (report["predicted"]["embedding"] == "host")
         assert report["measured"]["host_bytes"] == pytest.approx(report["predicted"]["host_bytes"], rel=0.1)
     finally:
+        model.close()
+
+
+@pytest.mark.gpu
+def test_experts_that_the_cpu_computes(
+    cuda_device: torch.device, demo_nf4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for rounding."""
+    monkeypatch.setattr(sharing, "shared_out", lambda missing, copy_s, compute_s: missing)
+    resident = minibble.load(demo_nf4, device=cuda_device)
+    for batch in (1, 3):
+        model = minibble.load(
+            demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.9), prefill_chunk=CHUNK, cpu_experts=True
+        )
+        ids = torch.randint(4, 2000, (batch, 40), generator=torch.Generator().manual_seed(batch)).to(cuda_device)
+        ours, right = followed(model, ids, 10), followed(resident, ids, 10)
+        assert float((ours - right).norm() / right.norm()) < 3e-2
+        assert model.stores[0].stats.computed > 0 and model.decode_path() == {"eager": 1, "graph": 29}
         model.close()
 
 
