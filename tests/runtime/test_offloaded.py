@@ -225,7 +225,7 @@ def test_logits_are_those_of_the_resident_model(
 def test_experts_that_the_cpu_computes(
     cuda_device: torch.device, demo_nf4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for rounding."""
+    """All missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for rounding."""
     monkeypatch.setattr(sharing, "shared_out", lambda missing, copy_s, compute_s: missing)
     resident = minibble.load(demo_nf4, device=cuda_device)
     for batch in (1, 3):
