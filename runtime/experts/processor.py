@@ -18,6 +18,8 @@ from minibble.runtime.kernels.linear4 import Packed, linear, prepare
 CPU = torch.device("cpu")
 TIMED = 3  # experts that are timed
 WARM, ROUNDS = 8, 8  # runs before, in which threads start and clocks rise, from 20 ms to 2; and of those that count
+IDLE_S = 0.01  # between them, as in decoding: threads that have gone to sleep make an expert take half as long again
+LEAST_GAIN = 0.1  # of the time without the CPU, for which it is asked: both read the same memory
 
 
 class Processor:
@@ -51,6 +53,7 @@ class Processor:
         keys, times = list(self._down)[:TIMED], []
         for key in islice(cycle(keys), WARM + ROUNDS):
             x = torch.ones(1, self._gate_up[key].shape[1])
+            time.sleep(IDLE_S)
             began = time.perf_counter()
             self(key, x)
             times.append(time.perf_counter() - began)
@@ -58,10 +61,12 @@ class Processor:
 
 
 def shared_out(missing: int, copy_s: float, compute_s: float) -> int:
-    """How many of the missing experts to compute, so that both are done soonest; of equals as few as possible."""
+    """How many of the missing experts to compute, so that both are done soonest; of equals as few as possible, and none
+    where that gains little."""
 
     def takes(computed: int) -> float:
         copied = missing - computed
         return max(computed * compute_s if computed else 0.0, copied * copy_s if copied else 0.0)
 
-    return min(range(missing + 1), key=lambda computed: (takes(computed), computed))
+    best = min(range(missing + 1), key=lambda computed: (takes(computed), computed))
+    return best if takes(best) < (1 - LEAST_GAIN) * takes(0) else 0

@@ -215,6 +215,8 @@ def test_host_memory_for_experts_on_the_cpu(folder: Path, machine: dict[str, Any
         (1, 2, 1, 1),
         (1, 1, 2, 0),
         (1, 1, 1, 0),
+        (1, 1, 0.95, 0),
+        (1, 1, 0.85, 1),
         (2, 1, 1, 1),
         (3, 1, 0.4, 2),
         (4, 1, INF, 0),
