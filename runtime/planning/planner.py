@@ -195,7 +195,8 @@ def _placed(
     context, batch, chunk = run
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
     seconds += HOP_S * (len(devices) - 1) + STEP_S
-    seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), record, machine)
+    pauses = sum(len(d.layers) for d in devices if d.slots)
+    seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), pauses, record, machine)
     return Placement(
         devices=devices,
         pinned=in_host,

@@ -13,7 +13,9 @@ DECODED_BYTES_PER_S = 3.3e12
 LAYER_S = 15e-6
 HOP_S = 45e-6  # the hidden state from one GPU to the next: 12 KiB, measured between two H200
 STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0 ms, 9.4 by the above
-MISS_S = 0.13e-3  # from the router's choice to the copy, and a layer that waits: 9 ms with 69 missed, 2.3 with 12
+# A layer that asks the host which experts come, and each that does, beside its copy: with all 80 layers asking 2.4 and
+# 4.8 ms for 2.3 missed (one host was half as fast as the other), 3.9 and 6.9 for 10, 5.0 for 66.
+PAUSE_S, MISS_S = 35e-6, 60e-6
 
 
 def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
@@ -21,12 +23,12 @@ def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
     return nbytes / min(READ_SHARE * gpu.read_bytes_per_s, DECODED_BYTES_PER_S) + layers * LAYER_S
 
 
-def missed_seconds(pinned: float, on_disk: float, record_bytes: int, machine: Machine) -> float:
-    """Time for so many of a step's experts that are in host memory and on disk. A layer's copies wait for its router,
-    and it for them."""
+def missed_seconds(pinned: float, on_disk: float, pauses: int, record_bytes: int, machine: Machine) -> float:
+    """Time for so many of a step's experts that are in host memory and on disk, in `pauses` layers. A layer's copies
+    wait for its router, and it for them."""
     rate = min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
     copied_s = record_bytes * (pinned / machine.copy_bytes_per_s + on_disk / rate)
-    return copied_s + MISS_S * (pinned + on_disk)
+    return copied_s + MISS_S * (pinned + on_disk) + PAUSE_S * pauses
 
 
 def chances(shares: Shares, experts_per_token: int, batch: int) -> list[list[float]]:
