@@ -49,7 +49,10 @@ def render() -> str:
 
 def full_size() -> list[str]:
     """The whole model in several budgets of memory."""
-    results = [read(path.stem) for path in sorted(RESULTS.glob("full_size_*.json"), key=lambda path: (len(path.stem), path.stem))]
+    results = [
+        read(path.stem)
+        for path in sorted(RESULTS.glob("full_size_*.json"), key=lambda path: (len(path.stem), path.stem))
+    ]
     if not results:
         return []
     text = (
