@@ -119,5 +119,5 @@ class Embedding(nn.Module):
         ids = self.known(ids)
         shape = (*ids.shape, self.weight.shape[1])
         rows = torch.empty(shape, dtype=self.weight.dtype, pin_memory=self.device.type == "cuda")
-        torch.index_select(self.weight, 0, ids.flatten(), out=rows.view(-1, shape[-1]))
+        torch.index_select(self.weight.detach(), 0, ids.flatten(), out=rows.view(-1, shape[-1]))
         return rows.to(self.device, non_blocking=True).to(self.dtype)

@@ -68,6 +68,21 @@ def test_step_equals_the_ordinary_path(monkeypatch: pytest.MonkeyPatch, changes:
     assert model.decode_path() == {"eager": 16}
 
 
+def test_the_embedding_may_be_elsewhere(fused: MiniMaxForCausalLM) -> None:
+    """Here two names of the CPU are the two devices; prompts in pieces, steps, and the same rows to the bit."""
+    table, there = fused.embedding, torch.device("cpu", 0)
+    ids, mask = padded((4, 9, 2))
+    fused.prefill_chunk = 4
+    right = follow(fused, prefilled(fused, ids, mask), NEXT[:3])
+    assert not table.elsewhere and table.host_nbytes == 0
+    table.on = there
+    assert table.elsewhere and fused.device == there
+    assert table.host_nbytes == table.weight.nbytes  # type: ignore[union-attr]
+    assert torch.equal(table(ids), torch.nn.functional.embedding(ids, table.weight).to(fused.dtype))  # type: ignore[arg-type]
+    assert error(follow(fused, prefilled(fused, ids, mask), NEXT[:3]), right) == 0
+    assert fused.decode_path() == {"eager": 32}
+
+
 @pytest.mark.parametrize("lengths", [(9,), (9, 9), (4, 9, 1), (1, 2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("given", [True, False], ids=["mask given", "mask in the state"])
 def test_left_padded_batches(fused: MiniMaxForCausalLM, lengths: tuple[int, ...], given: bool) -> None:
