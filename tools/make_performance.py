@@ -123,7 +123,8 @@ def small_kernels() -> list[str]:
     text = (
         "`benchmarks/small_kernels.py`: one layer's, from what each reads in memory to what it leaves there; floors "
         "are bytes at the reading bandwidth of the same run. Lightning attention goes from the projections to the "
-        "gated output, state in float32: sequences x tokens."
+        "gated output, state in float32: sequences x tokens; a prefill leaves the norm's factor of each token to the "
+        "product that follows, as the model does."
     )
     head = ["", "", "\u00b5s", "floor", "error"]
     return [
