@@ -1,6 +1,7 @@
 """All 80 layers at their released size with random 4-bit weights, within a budget of GPU memory.
 
     python benchmarks/full_size.py --name 2x --devices cuda:0,cuda:1 --runs 228GiB:uniform,228GB:zipf --batches 1,32
+    python benchmarks/full_size.py --name 1x --runs all:uniform,all:uniform+cpu  # hosts differ: in one run
 
 First the logits of two layers, the second on the last device, must be those of the reference kernels, and with a
 third of the experts off the GPU they must be the same to the bit.
@@ -23,10 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the result: full_size_NAME_GPU.json")
     parser.add_argument("--devices", default="cuda:0")
-    parser.add_argument("--runs", default="all:uniform", help="GPU memory, such as 228GB, and routing, uniform or zipf")
+    parser.add_argument(
+        "--runs", default="all:uniform",
+        help="GPU memory, such as 228GB, and routing, uniform or zipf; +cpu lets the CPU compute missing experts",
+    )  # fmt: skip
     parser.add_argument("--host-memory", type=parse_size, help="bytes of host memory to pin at most")
     parser.add_argument("--folder", type=Path, help="for experts that wait on disk")
-    parser.add_argument("--cpu-experts", action="store_true", help="let the CPU compute some of the missing experts")
     parser.add_argument("--format", default="nf4-dq")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batches", default="1")
@@ -48,10 +51,13 @@ def main() -> None:
     if options.layers:
         config = real_config(tuple(int(i % 8 == 7) for i in range(options.layers)), vocab_size=config.vocab_size)
     for memory, routing in (asked.split(":") for asked in options.runs.split(",")):
+        routing, _, cpu = routing.partition("+")
+        if cpu not in ("", "cpu"):
+            parser.error(f"--runs: +{cpu} is unknown, there is +cpu")
         run = full.Run(
             format=options.format, gpu_memory=None if memory == "all" else parse_size(memory),
             host_memory=options.host_memory,
-            folder=options.folder, cpu_experts=options.cpu_experts, routing=routing,
+            folder=options.folder, cpu_experts=cpu == "cpu", routing=routing,
             context=options.context, steps=options.steps,
             batches=tuple(map(int, options.batches.split(","))), prompt=options.prompt, prefill_chunk=options.chunk,
         )  # fmt: skip
