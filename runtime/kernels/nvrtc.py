@@ -22,6 +22,8 @@ from minibble.quantize.errors import MinibbleError
 
 log = logging.getLogger(__name__)
 
+NUMBERS = Path(__file__).with_name("numbers.cuh")  # the first source of every kernel
+
 Argument = torch.Tensor | int | float | ctypes.Structure | ctypes.c_longlong
 
 
@@ -53,12 +55,12 @@ def is_hopper(device: torch.device) -> bool:
 class Kernel:
     """One `__global__` function of CUDA C++ files, compiled for each device when first launched there.
 
-    `sources` are joined in order; `macros` become -D options. Arguments are tensors (their addresses), int (32 bit),
-    float (32 bit), and ctypes values (64-bit numbers) and structures, which are passed as they are.
+    `sources` are joined in order, after `NUMBERS`; `macros` become -D options. Arguments are tensors (their addresses),
+    int (32 bit), float (32 bit), and ctypes values (64-bit numbers) and structures, which are passed as they are.
     """
 
     def __init__(self, name: str, sources: Sequence[Path], macros: dict[str, int | str] | None = None):
-        self.name, self.sources = name, tuple(sources)
+        self.name, self.sources = name, (NUMBERS, *sources)
         self.macros = tuple(f"-D{key}={value}" for key, value in (macros or {}).items())
         self._functions: dict[int, Any] = {}
         self._shared: dict[int, int] = {}

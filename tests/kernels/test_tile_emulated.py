@@ -23,7 +23,7 @@ from minibble.runtime.kernels.linear4 import tile
 from minibble.runtime.kernels.tiles import TileLayout, pack
 
 BLOCKS = 4  # multiprocessors of the GPU that there is not: few, so that tiles are shared and blocks make several
-REPLACED = ("ptx.cuh", "wgmma.cuh")
+REPLACED = ("numbers.cuh", "ptx.cuh", "wgmma.cuh")
 SHARED = "extern __shared__ __align__(1024) u8 shared[];"
 
 pytestmark = pytest.mark.skipif(not emulated.available(), reason="no C++ compiler")

@@ -57,7 +57,7 @@ __device__ __forceinline__ Units largest(u32 stage, float (*shared)[4]) {
         }
 #pragma unroll
     for (int m = 0; m < MATRICES; m++) {
-        float x = largest_in_warp(fmaxf(low_half(most[m]), high_half(most[m])));
+        float x = largest_in_warp(fmaxf(low_of(most[m]), high_of(most[m])));
         if (threadIdx.x % 32 == 0) shared[m][threadIdx.x / 32] = x;
     }
     __syncthreads();
@@ -220,6 +220,6 @@ struct Output {
         float2 o = floats_of(pair);
         o.x *= unit, o.y *= unit;
         sum = fmaf(o.x, o.x, fmaf(o.y, o.y, sum));
-        return bfloat16_pair(o.x * w[0] * sigmoid(low_half(gate)), o.y * w[1] * sigmoid(high_half(gate)));
+        return pair_of(o.x * w[0] * sigmoid(low_of(gate)), o.y * w[1] * sigmoid(high_of(gate)));
     }
 };

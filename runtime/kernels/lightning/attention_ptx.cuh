@@ -1,10 +1,5 @@
 // Of attention.cu: sizes, and the PTX it is made of.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 constexpr int H = HEADS, K = 128, TOKENS = 64, THREADS = 128;
 constexpr int TOKEN = 4 * H * K;      // elements from one token of the projections to the next
 constexpr u32 ROW = 128;              // bytes
@@ -14,8 +9,6 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LEAST_UNIT = 1e-12f;       // what zeros are divided by
 constexpr float FORGOTTEN = 64.f;          // halvings after which nothing is left
 constexpr float LARGEST_STATE = 16384.f;  // in its unit, before a block's own products are added
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;
@@ -47,15 +40,6 @@ __device__ __forceinline__ u32 larger_magnitudes(u32 a, u32 x) {  // of bfloat16
     return y;
 }
 
-__device__ __forceinline__ float low_half(u32 x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high_half(u32 x) { return __uint_as_float(x & 0xFFFF0000u); }
-
-__device__ __forceinline__ u32 bfloat16_pair(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 __device__ __forceinline__ float2 floats_of(u32 pair) {  // of float16
     float2 y;
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
@@ -77,7 +61,7 @@ __device__ __forceinline__ float tanh_approximate(float x) {
 __device__ __forceinline__ u32 silu_pair(u32 x, float factor) {
     u32 half;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(half) : "r"(x), "r"(0x3F003F00u), "r"(0x80008000u));  // x / 2 - 0
-    float x0 = low_half(half), x1 = high_half(half);
+    float x0 = low_of(half), x1 = high_of(half);
     float t0 = tanh_approximate(x0), t1 = tanh_approximate(x1);
     x0 *= factor, x1 *= factor;
     return half_pair(fmaf(x0, t0, x0), fmaf(x1, t1, x1));

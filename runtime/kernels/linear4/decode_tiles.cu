@@ -4,10 +4,6 @@
 // time, turned from the order of the tensor cores to rows in shared memory. Macros: NF4 (else int4), NESTED (double quantization),
 // SCALE_COLUMNS (columns that share a scale).
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 constexpr int CODES_NBYTES = 4096;
 constexpr int SCALE_BLOCKS = 256 / SCALE_COLUMNS;
 constexpr int PITCH = 36;  // words of a row of 64: a step of 4 spreads rows over all banks
@@ -19,12 +15,6 @@ struct Source {
     const float* dynamic_map;  // [256]
     int chunks, chunk_nbytes, K;
 };
-
-__device__ __forceinline__ float half_to_float(unsigned short bits) {
-    float value;
-    asm("{.reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "h"(bits));
-    return value;
-}
 
 // Where the scales of a row of a tile come from.
 struct Row {
@@ -48,16 +38,10 @@ struct Row {
 #elif NF4
         return ((const float*)scales)[i];
 #else
-        return half_to_float(((const unsigned short*)scales)[i]);
+        return float_of_half(((const unsigned short*)scales)[i]);
 #endif
     }
 };
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
 
 extern "C" __global__ void __launch_bounds__(128)
     decode_tiles(const Source p, unsigned short* out, int first_row, int end_row) {

@@ -1,14 +1,8 @@
 // Types and the PTX that Hopper's kernels are made of: barriers in shared memory, asynchronous copies, bfloat16 pairs.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 struct alignas(64) TensorMap {
     u64 words[16];
 };
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -115,15 +109,6 @@ __device__ __forceinline__ void store_matrices_transposed(u32 address, u32 a, u3
                  : "memory");
 }
 
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
     u32 sum;
     asm("{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2;}" : "=r"(sum) : "r"(a), "r"(b));
@@ -134,18 +119,6 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
-}
-
-__device__ __forceinline__ u32 fma_pairs(u32 a, u32 b, u32 c) {
-    u32 sum;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-    return sum;
-}
-
-__device__ __forceinline__ float float_of_half(u32 half_bits) {
-    float value;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(half_bits));
-    return value;
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -177,12 +150,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 
 __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Wait until the kernel ahead has ended; only then may the next one start, so none runs ahead of more than one other.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
 }
 
 __device__ __forceinline__ void publish(int* flag) {

@@ -57,7 +57,7 @@ struct RowScales {
         for (int i = 0; i < SCALES_PER_ROW / 2; ++i)
             halves[i] = *(const u32*)(scales + row * 2 * SCALES_PER_ROW + 4 * i);
     }
-    __device__ inline float get(const Shared& sh, int i) const { return half_to_float(halves[i / 2] >> (16 * (i & 1))); }
+    __device__ inline float get(const Shared& sh, int i) const { return float_of_half(halves[i / 2] >> (16 * (i & 1))); }
 #endif
 };
 

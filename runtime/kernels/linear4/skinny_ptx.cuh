@@ -1,12 +1,7 @@
 // Of skinny.cu: the PTX it is made of. Before Hopper lanes copy for themselves, and barriers count lanes.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 #define EVICT_FIRST 0x12F0000000000000ull  // the policy createpolicy.fractional.L2::evict_first makes: read once
 #define ARRIVALS (__CUDA_ARCH__ >= 900 ? 1 : 32)  // that a barrier waits for: the copy engine's, or each lane's
-
-__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ inline void barrier_init(u64* bar, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
@@ -65,13 +60,6 @@ __device__ inline void copy_16(char* to, const char* from, bool there) {
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Four matrices of 8 rows of 16 bytes, lane 8 i + r giving the place of row r of matrix i: B's registers of 32 columns.
 __device__ inline void load_matrices(u32 (&b)[4], const char* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -83,19 +71,6 @@ __device__ inline void mma(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// a b + c of pairs of bfloat16.
-__device__ inline u32 fma_pairs(u32 a, u32 b, u32 c) {
-    u32 y;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
-    return y;
-}
-
-__device__ inline float half_to_float(u32 bits) {
-    float f;
-    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
-    return f;
 }
 
 __device__ inline unsigned short to_bfloat16(float f) {

@@ -1,4 +1,4 @@
-// Enough of CUDA for tile.cu on a CPU, one fiber a thread: ptx.cuh, wgmma.cuh and the language's own functions.
+// Enough of CUDA for tile.cu on a CPU, one fiber a thread: numbers.cuh, ptx.cuh, wgmma.cuh and the language's own functions.
 //
 // Fibers run until they wait. What the hardware does later is done as late as can be: products only when they are
 // waited for, copies at random times. A barrier that is overrun, and blocks that all wait, end the program.
@@ -233,6 +233,7 @@ static u32 fma_pairs(u32 a, u32 b, u32 c) {
     return pair_of(std::fma(low_of(a), low_of(b), low_of(c)), std::fma(high_of(a), high_of(b), high_of(c)));
 }
 static float float_of_half(u32 h) {
+    h &= 0xffff;
     int exponent = h >> 10 & 31, fraction = h & 1023;
     float size = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp((float)fraction, -24);
     return h >> 15 ? -size : size;

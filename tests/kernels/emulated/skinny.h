@@ -108,5 +108,4 @@ static void mma(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
     }
     __syncwarp();
 }
-static float half_to_float(u32 bits) { return float_of_half(bits & 0xffff); }
 static unsigned short to_bfloat16(float f) { return bfloat16_of(f); }
