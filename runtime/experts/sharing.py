@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minibble.runtime.experts.lanes import Mark
 from minibble.runtime.experts.processor import Processor, shared_out
 from minibble.runtime.experts.store import ExpertStore
 
@@ -16,23 +17,14 @@ if TYPE_CHECKING:
 def look(store: ExpertStore, places: Sequence[Tensor], given: Sequence[Tensor]) -> None:
     """Copy what a stretch has just made to host memory; its experts, and those of the layers before, have been used."""
     store.used_all()
-    _wait(_copy(places, given))
+    store.lane.join(_copy(store, places, given))
 
 
-def _copy(places: Sequence[Tensor], given: Sequence[Tensor]) -> "torch.cuda.Event | None":
+def _copy(store: ExpertStore, places: Sequence[Tensor], given: Sequence[Tensor]) -> Mark:
     """Begin to copy, among the computing; returns what to wait for."""
     for place, made in zip(places, given, strict=True):
         place.copy_(made, non_blocking=True)
-    if not given[0].is_cuda:
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(given[0].device))
-    return event
-
-
-def _wait(event: "torch.cuda.Event | None") -> None:
-    if event is not None:
-        event.synchronize()
+    return store.lane.mark()
 
 
 class SharedFetch:
@@ -70,11 +62,11 @@ class SharedFetch:
         chosen = list(dict.fromkeys(ids.flatten().tolist()))
         mine, anchor = self._mine(chosen)
         # Asked for before the experts are: after that the GPU waits for these.
-        there = _copy([weights, y], self.given[1:]) if mine else None
+        there = _copy(table.store, [weights, y], self.given[1:]) if mine else None
         table.bring([expert for expert in chosen if expert not in mine] or [anchor])
         if not mine:
             return
-        _wait(there)
+        table.store.lane.join(there)
         extra.zero_()
         for expert in mine:
             pairs = ids == expert

@@ -51,6 +51,11 @@ class ExpertStore:
                 raise
 
     @property
+    def lane(self) -> Lane:
+        """The order of the computing, and of the copies."""
+        return self._bank.lane
+
+    @property
     def device_nbytes(self) -> int:
         """Device memory taken: resident experts, spare slots, one record of poison and the table."""
         return self._bank.records.nbytes + self._bank.table.nbytes

@@ -68,9 +68,10 @@ def plan_placement(
 
     def with_some_elsewhere(chunk: int) -> Placement:
         # The embedding makes room for experts, in host memory for so much less of them, if it is larger than one.
-        moved = model.movable_bytes
+        fits = machine.host_bytes is None or machine.host_bytes >= model.movable_bytes
+        moved = model.movable_bytes if fits else 0
         errors: dict[int, BudgetError] = {}
-        for first in (moved, 0) if moved >= model.record_bytes else (0, moved):
+        for first in sorted({0, moved}, reverse=moved >= model.record_bytes):
             try:
                 return settled(chunk, first)
             except BudgetError as error:
@@ -126,8 +127,6 @@ def _planned(
     those of the embedding."""
     config = source.config
     if machine.host_bytes is not None:
-        if machine.host_bytes < moved:
-            raise BudgetError(f"the embedding needs {moved} bytes of host memory, there may be {machine.host_bytes}")
         machine = replace(machine, host_bytes=machine.host_bytes - moved)
     limits, total = _limits(machine.gpus, gpu_memory)
     shares = shares_of(config.num_hidden_layers, config.num_experts, counts)

@@ -210,6 +210,6 @@ def test_plan_in_the_page(cli, tmp_path) -> None:
     options = ("--gpus", "2x141GB", "--gpu-memory", "228GB", "--html", page)
     assert cli("report", "minimax-text-01", *options).exit_code == 0
     text = page.read_text()
-    assert "On these GPUs" in text and "<td>cuda:1</td>" in text and "host memory: 1" in text
+    assert "On these GPUs" in text and "<td>cuda:1</td>" in text and "host memory: 162 experts" in text
     assert cli("report", "minimax-text-01", "--html", page).exit_code == 0
     assert "On these GPUs" not in page.read_text()

@@ -147,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     for (int at = first, parity = 0; at < stop; at += TOKENS, parity ^= 1) {
         u32 q = stage, k = stage + TILE, v = stage + 2 * TILE;
         const float* age = ages[parity];
+        // Made anew for every block: kept, its addresses would take registers that the state wants.
         Output output = {x + (long long)b * T * TOKEN + (3 * H + h) * K, weights + h * K,
                          out + ((long long)b * T * H + h) * K, squares + ((long long)b * T * H + h) * 4, T};
         output.prefetch(at);

@@ -166,17 +166,15 @@ def _attention_kernel(
 @triton.jit
 def _norm_kernel(
     p_o, p_unit, p_x, p_norm, p_out, eps,
-    N: tl.constexpr, UNITS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A token: o / rms(o) * norm * sigmoid(gate). `p_out` may be `p_o`: all of a row is read before it is written.
-
-    N features, a unit for every N / UNITS of them.
-    """
+    """A token: o / rms(o) * norm * sigmoid(gate). `p_out` may be `p_o`: all of a row is read before it is written."""
+    N: tl.constexpr = H * K
     row = tl.program_id(0).to(tl.int64)
-    o_u, o_n = tl.arange(0, BLOCK_U), tl.arange(0, BLOCK_N)
-    feature = o_u[:, None] * (N // UNITS) + o_n[None, :]
-    m = (o_u < UNITS)[:, None] & (o_n < N // UNITS)[None, :]
-    unit = tl.load(p_unit + row * UNITS + o_u, mask=o_u < UNITS, other=0.0)
+    o_h, o_k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
+    feature = o_h[:, None] * K + o_k[None, :]
+    m = (o_h < H)[:, None] & (o_k < K)[None, :]
+    unit = tl.load(p_unit + row * H + o_h, mask=o_h < H, other=0.0)
     o = tl.load(p_o + row * N + feature, mask=m, other=0.0).to(tl.float32) * unit[:, None]
     gate = tl.load(p_x + row * (4 * N) + 3 * N + feature, mask=m, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(tl.sum(o * o, axis=1), axis=0) / N + eps)
@@ -218,7 +216,7 @@ def prefill(
         unit_BTH = attention(projected_BTP, slope_H, state_BHKK, valid, half_BTN, processors)
         _norm_kernel[(B * T,)](
             half_BTN, unit_BTH, projected_BTP, norm_HK, out_BTN, eps,
-            N=H * K, UNITS=H, BLOCK_U=triton.next_power_of_2(H), BLOCK_N=triton.next_power_of_2(K),
+            H=H, K=K, BLOCK_H=triton.next_power_of_2(H), BLOCK_K=triton.next_power_of_2(K),
             EXACT=not projected_BTP.is_cuda, num_warps=NORM_WARPS,
         )  # fmt: skip
     return out_BTN, None

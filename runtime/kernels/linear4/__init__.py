@@ -68,10 +68,8 @@ def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None, fact
     out_dtype = out_dtype or x.dtype
     if factors is not None:
         scaled = getattr(weight, "scaled", None)
-        if scaled is not None:
-            made: Tensor = scaled(x, factors, out_dtype)
-            return made
-        return (linear(x, weight, torch.float32) * factors[..., None]).to(out_dtype)
+        made: Tensor | None = None if scaled is None else scaled(x, factors, out_dtype)
+        return (linear(x, weight, torch.float32) * factors[..., None]).to(out_dtype) if made is None else made
     if not isinstance(weight, Tensor):
         return weight(x, out_dtype)
     if out_dtype == x.dtype == weight.dtype:

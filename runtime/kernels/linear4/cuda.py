@@ -36,10 +36,11 @@ class TiledLinear:
         kernel_dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
         return self._product(x_MK, kernel_dtype).to(out_dtype).view(*x.shape[:-1], self.shape[0])
 
-    def scaled(self, x: Tensor, factors: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """The product, each row times its one of `factors`, float32: by the kernel for many tokens where it runs."""
+    def scaled(self, x: Tensor, factors: Tensor, out_dtype: torch.dtype) -> Tensor | None:
+        """The product, each row times its one of `factors`, float32; None where the kernel for many tokens does not
+        make it."""
         if out_dtype != torch.bfloat16 or factors.numel() <= self._few(x.device) or not tile.available(x.device):
-            return (self(x, torch.float32) * factors[..., None]).to(out_dtype)
+            return None
         x_MK = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         y_MN = tile.linear(x_MK, self.data, self.layout, factors=factors.reshape(-1))
         return y_MN.view(*x.shape[:-1], self.shape[0])

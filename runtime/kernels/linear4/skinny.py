@@ -106,7 +106,8 @@ def launch(
     device = x.device
     tokens = _job_tokens(M, experts)
     lists = _lists_nbytes(M, active, experts)
-    shape = _shape(layout, min(tokens, M * active), splits, lists, shared_limit(device))
+    rows = _job_rows(M, active, experts)
+    shape = _shape(layout, rows, splits, lists, shared_limit(device))
     assert shape.slots, f"{layout.K} columns of {M} tokens do not fit into shared memory"
     parts = arrived = None
     if epilogue == BFLOAT16 and splits > 1:
@@ -117,7 +118,7 @@ def launch(
         epilogue,
         *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
-        min(tokens, M * active), shape.slots, FIRST_SLOTS, shape.segment_tiles, shape.sum_rows,
+        rows, shape.slots, FIRST_SLOTS, shape.segment_tiles, shape.sum_rows,
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
         *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
     )  # fmt: skip
@@ -138,8 +139,9 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
     units = layout.tiles * jobs
     found: list[tuple[int, float, int]] = []
     most = MAX_SPLITS if experts or units <= COUNT else 1
+    rows, lists = _job_rows(M, active, experts), _lists_nbytes(M, active, experts)
     for splits in range(1, min(layout.chunks, most) + 1):
-        shape = _shape(layout, min(tokens, M * active), splits, _lists_nbytes(M, active, experts), limit)
+        shape = _shape(layout, rows, splits, lists, limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
         second = _SECOND_SEGMENT if _cut_by_groups(jobs * splits, layout.tiles, processors) else 0.0
         if shape.slots:
@@ -161,7 +163,7 @@ def most_tokens(layout: TileLayout, device: torch.device, whole: bool, active: i
     for M in (MAX_TOKENS, 32, 16, 8, 4, 2, 1):
         splits = 1 if whole else splits_for(layout, M, device, active, experts)
         lists = _lists_nbytes(M, active, experts)
-        if splits and _shape(layout, min(_job_tokens(M, experts), M * active), splits, lists, limit).slots:
+        if splits and _shape(layout, _job_rows(M, active, experts), splits, lists, limit).slots:
             return M
     return 0
 
@@ -169,6 +171,11 @@ def most_tokens(layout: TileLayout, device: torch.device, whole: bool, active: i
 def _job_tokens(M: int, experts: int) -> int:
     """Most tokens of a job."""
     return TOKENS if experts or M <= TOKENS else 2 * TOKENS
+
+
+def _job_rows(M: int, active: int, experts: int) -> int:
+    """Most rows of x of a job: a token may choose an expert twice."""
+    return min(_job_tokens(M, experts), M * active)
 
 
 def _lists_nbytes(M: int, active: int, experts: int) -> int:

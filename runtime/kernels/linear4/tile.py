@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minibble.quantize.nf4_math import dynamic_map
 from minibble.runtime.kernels import nvrtc
+from minibble.runtime.kernels.counters import Held, of_stream
 from minibble.runtime.kernels.device import multiprocessors
 from minibble.runtime.kernels.tiles import ROWS, TileLayout, byte_levels, level_scale
 
@@ -279,27 +280,12 @@ def _table(levels: Any, device: torch.device) -> Tensor:
     return byte_levels(levels, device).contiguous()
 
 
-_WORKSPACES: dict[tuple[torch.device, int | None], tuple[Tensor, Tensor]] = {}
+_workspaces: Held[tuple[Tensor, Tensor]] = {}
 
 
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the sums that blocks hand over, and their flags, 0 between launches; of the current stream.
-
-    All graphs captured on a device share one: they must not be replayed at the same time.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        # Made here only if nothing ran before: then it belongs to the graph, which zeroes it at each replay, and no
-        # kernel of it begins before the one ahead has ended.
-        held = _WORKSPACES.get((device, None))
-        return _new_workspace(device) if held is None else held
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _WORKSPACES:
-        with torch.inference_mode(False):
-            for new in (key, (device, None)):
-                if new not in _WORKSPACES:
-                    _WORKSPACES[new] = _new_workspace(device)
-        torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
-    return _WORKSPACES[key]
+    """Room for the sums that blocks hand over, and their flags, 0 between launches; of the current stream."""
+    return of_stream(_workspaces, device, lambda: _new_workspace(device))
 
 
 def _new_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
