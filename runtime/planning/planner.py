@@ -1,8 +1,9 @@
 """From a model, a machine and a budget to a placement."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -29,6 +30,10 @@ MOST_LOST = 0.02  # of the rate of decoding, for larger pieces of prompts
 # Pieces of a prompt overlap on several GPUs: 8,192 tokens on two H200 took 0.94 s by 2,048 at a time, 1.01 by 4,096.
 PIPELINE_PIECES = 2
 
+Planned = Callable[
+    [int, int, int], Placement
+]  # for pieces of so many tokens, bytes pinned, bytes of the embedding moved
+
 
 def plan_placement(
     source: Source,
@@ -53,42 +58,19 @@ def plan_placement(
     leaves its place to others and waits in host memory. BudgetError says what is missing and what would fit,
     ConfigError that the experts are not in 4 bits or not in a layout that the kernels read.
     """
-    model = model_bytes(source, dtype)
-    everything = model.record_bytes * source.config.num_hidden_layers * source.config.num_experts
-    most = everything if machine.host_bytes is None else min(everything, machine.host_bytes)
-
-    def planned(chunk: int, pinned: int, moved: int = 0) -> Placement:
-        return _planned(source, machine, dtype, context, batch, gpu_memory, counts, chunk, slots, pinned, moved)
-
-    def settled(chunk: int, moved: int) -> Placement:
-        # Pinned memory takes some on the GPUs: first as if as much as possible were pinned, then so much as is.
-        first = planned(chunk, most, moved)
-        second = planned(chunk, first.host_bytes - moved, moved)
-        return second if second.host_bytes <= first.host_bytes else first
-
-    def with_some_elsewhere(chunk: int) -> Placement:
-        # The embedding makes room for experts, in host memory for so much less of them, if it is larger than one.
-        fits = machine.host_bytes is None or machine.host_bytes >= model.movable_bytes
-        moved = model.movable_bytes if fits else 0
-        errors: dict[int, BudgetError] = {}
-        for first in sorted({0, moved}, reverse=moved >= model.record_bytes):
-            try:
-                return settled(chunk, first)
-            except BudgetError as error:
-                errors[first] = error
-        raise errors[moved] if isinstance(errors[moved], GpuShortage) else errors[0]
-
+    planned = partial(_planned, source, machine, dtype, context, batch, gpu_memory, counts, slots)
+    elsewhere = partial(_with_some_elsewhere, planned, source, machine, dtype)
     chunk = prefill_chunk or default_chunk(batch)
     whole = []
     for piece in (chunk,) if prefill_chunk else (chunk, max(1, chunk // PIPELINE_PIECES)):
         with suppress(BudgetError):
-            whole.append(planned(piece, 0))
+            whole.append(planned(piece, 0, 0))
     whole = [placed for placed in whole if placed.expected_hit_rate == 1]
     if whole:
         return whole[-1] if len(whole[-1].devices) > 1 else whole[0]
     for piece in (chunk,) if prefill_chunk else [max(1, chunk >> halved) for halved in range(HALVED + 1)]:
         try:
-            placed = with_some_elsewhere(piece)
+            placed = elsewhere(piece)
             break
         except BudgetError as error:
             short = error
@@ -97,10 +79,33 @@ def plan_placement(
     balanced = min(_balanced_chunk(placed, machine), context * batch) // batch
     if prefill_chunk is None and balanced > chunk:
         with suppress(BudgetError):
-            larger = with_some_elsewhere(balanced)
+            larger = elsewhere(balanced)
             if larger.expected_decode_tokens_per_s > (1 - MOST_LOST) * placed.expected_decode_tokens_per_s:
                 return larger
     return placed
+
+
+def _with_some_elsewhere(
+    planned: Planned, source: Source, machine: Machine, dtype: torch.dtype, chunk: int
+) -> Placement:
+    """The placement for pieces of `chunk` tokens where some experts fit on no GPU.
+
+    The embedding makes room for experts, in host memory for so much less of them, if it is larger than one.
+    """
+    model, config = model_bytes(source, dtype), source.config
+    everything = model.record_bytes * config.num_hidden_layers * config.num_experts
+    most = everything if machine.host_bytes is None else min(everything, machine.host_bytes)
+    moved = model.movable_bytes if machine.host_bytes is None or machine.host_bytes >= model.movable_bytes else 0
+    errors: dict[int, BudgetError] = {}
+    for tried in sorted({0, moved}, reverse=moved >= model.record_bytes):
+        try:
+            # Pinned memory takes some on the GPUs: first as if as much as possible were pinned, then so much as is.
+            first = planned(chunk, most, tried)
+            second = planned(chunk, first.host_bytes - tried, tried)
+            return second if second.host_bytes <= first.host_bytes else first
+        except BudgetError as error:
+            errors[tried] = error
+    raise errors[moved] if isinstance(errors[moved], GpuShortage) else errors[0]
 
 
 def _balanced_chunk(placed: Placement, machine: Machine) -> int:
@@ -118,8 +123,8 @@ def _planned(
     batch: int,
     gpu_memory: int | Sequence[int] | None,
     counts: Sequence[Sequence[int]] | None,
-    chunk: int,
     slots: int | None,
+    chunk: int,
     pinned: int,
     moved: int,
 ) -> Placement:
