@@ -31,6 +31,8 @@ GROUPS = (32, 64, 128)  # of int4; multiples of 128 are stored as groups of 128
 # NF4's levels times this are nearest to bfloat16 numbers: their error, weighted by how often Gaussian weights take
 # them, is 0.8e-3 of their size instead of 1.4e-3. Scales are divided by it.
 LEVEL_SCALE = 1.43671
+# What weights of float16 are multiplied by in kernels: those from 1e-6 to 1,000 keep all bits.
+HALF_SCALE = 64.0
 
 
 def usable(dtype: torch.dtype) -> bool:
@@ -132,20 +134,20 @@ class TileLayout:
         return _aligned(self.nested_start + 4 * sum(self.nested_counts))
 
 
-def kernel_levels(levels: Levels) -> Tensor:
-    """The 16 levels as the kernels multiply with them, float32 that bfloat16 can hold."""
-    table = torch.tensor(CODEBOOK) * LEVEL_SCALE if levels == "nf4" else torch.arange(-8.0, 8.0)
-    return table.bfloat16().float()
+def kernel_levels(levels: Levels, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The 16 levels as the kernels multiply with them, float32 that `dtype` can hold, bfloat16 or float16."""
+    table = torch.tensor(CODEBOOK) if levels == "nf4" else torch.arange(-8.0, 8.0)
+    return (table * level_scale(levels, dtype)).to(dtype).float()
 
 
-def level_scale(levels: Levels) -> float:
-    """What kernel levels are larger than the stored ones; scales are divided by it."""
-    return LEVEL_SCALE if levels == "nf4" else 1.0
+def level_scale(levels: Levels, dtype: torch.dtype = torch.bfloat16) -> float:
+    """What kernel levels of `dtype` are larger than the stored ones; scales are divided by it."""
+    return LEVEL_SCALE if levels == "nf4" and dtype == torch.bfloat16 else 1.0
 
 
-def byte_levels(levels: Levels, device: torch.device) -> Tensor:
-    """For each byte the two kernel levels it stands for, bfloat16, that of the high nibble first: int32 [256]."""
-    table, byte = kernel_levels(levels).bfloat16(), torch.arange(256)
+def byte_levels(levels: Levels, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """For each byte the two kernel levels it stands for, of `dtype`, that of the high nibble first: int32 [256]."""
+    table, byte = kernel_levels(levels, dtype).to(dtype), torch.arange(256)
     return torch.stack((table[byte >> 4], table[byte & 0xF]), dim=1).view(torch.int32).view(256).to(device)
 
 

@@ -251,8 +251,8 @@ def test_experts(hopper: torch.device, format: Format, E: int, A: int, D: int, F
             y = (torch.nn.functional.silu(gate) * up) @ values(last).double().t()
             expected.index_add_(0, token, y * weights[token, slot][:, None].double())
         poison(hopper)
-        # Weights, hidden units, products and sums are rounded to bfloat16, by 1.6e-3 each: together 4.2e-3.
-        assert relative(tile.experts(x, ids, weights, table, gate_up, down, gate_up.nbytes), expected) < 5e-3
+        # Hidden units, products and their sum are rounded to bfloat16, by 1.7e-3 each: together 2.9e-3.
+        assert relative(tile.experts(x, ids, weights, table, gate_up, down, gate_up.nbytes), expected) < BOUND
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from minibble.quantize.int4 import Int4
 from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode
 from minibble.runtime.kernels.linear4 import tile
-from minibble.runtime.kernels.tiles import TileLayout, pack
+from minibble.runtime.kernels.tiles import HALF_SCALE, TileLayout, pack
 
 BLOCKS = 4  # multiprocessors of the GPU that there is not: few, so that tiles are shared and blocks make several
 REPLACED = ("numbers.cuh", "ptx.cuh", "wgmma.cuh")
@@ -70,6 +70,13 @@ def flags(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     assert not flags.any()
 
 
+def half_rows(x: Tensor, rows: Tensor | None = None, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As halves.half_rows, without its kernel."""
+    x = x if rows is None else x[rows]
+    up = torch.exp2(14 - x.float().abs().amax(1).log2().floor())
+    return (x.float() * up[:, None]).half(), (1 if weights is None else weights) / up / HALF_SCALE
+
+
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
@@ -113,7 +120,7 @@ def test_factors(flags: Tensor, M: int) -> None:
 
 
 @pytest.mark.parametrize("M", [7, 100, 400])
-def test_experts(flags: Tensor, M: int) -> None:
+def test_experts(flags: Tensor, monkeypatch: pytest.MonkeyPatch, M: int) -> None:
     """Each product of its own inputs; the last expert has no token."""
     E, A, D, F = 5, 2, 256, 384
     generator = torch.Generator().manual_seed(M)
@@ -132,8 +139,9 @@ def test_experts(flags: Tensor, M: int) -> None:
 
     pairs, offsets = tile.sort_pairs(ids, E)
     x_PD = x[pairs // A]
-    h = tile.grouped(x_PD, table, gate_up, offsets, silu=True)
-    y = tile.grouped(h, table, down, offsets, start=gate_up.nbytes, pairs=pairs, weights=weights)
+    h = tile.grouped(*half_rows(x_PD), table, gate_up, offsets, silu=True)
+    halves, factors = half_rows(h, weights=weights.view(-1)[pairs])
+    y = tile.grouped(halves, factors, table, down, offsets, start=gate_up.nbytes, pairs=pairs)
     h_expected, y_expected = torch.empty(h.shape, dtype=torch.float64), torch.empty(y.shape, dtype=torch.float64)
     for e, (w1, w3, w2) in enumerate(held):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
@@ -141,7 +149,8 @@ def test_experts(flags: Tensor, M: int) -> None:
         h_expected[rows] = torch.nn.functional.silu(x_PD[rows].double() @ gate) * (x_PD[rows].double() @ up)
         y_expected[pairs[rows]] = h[rows].double() @ last
     y_expected *= weights.view(-1, 1).double()
-    # Of two products of weights rounded to bfloat16, rounded itself: 3.1e-3.
-    assert relative(h, h_expected) < 3.5e-3 and relative(y, y_expected) < 3e-3
+    # What rounding to bfloat16 gives, 1.7e-3, and little more.
+    assert relative(h, h_expected) < 1.9e-3 and relative(y, y_expected) < 1.9e-3
+    monkeypatch.setattr("minibble.runtime.kernels.linear4.halves.half_rows", half_rows)
     z = tile.experts(x, ids, weights, table, gate_up, down, gate_up.nbytes)
-    assert relative(z, y_expected.view(M, A, D).sum(1)) < 3.5e-3  # a pair's product and the sum are rounded too
+    assert relative(z, y_expected.view(M, A, D).sum(1)) < 3e-3  # a pair's product and the sum are rounded too

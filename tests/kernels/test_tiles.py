@@ -110,6 +110,8 @@ def test_byte_levels() -> None:
     table = byte_levels("nf4", torch.device("cpu")).view(torch.bfloat16).view(256, 2).float()
     levels = kernel_levels("nf4")
     assert table[0x2F].tolist() == [levels[2], levels[15]] and table[0xF0].tolist() == [levels[15], levels[0]]
+    halves = byte_levels("nf4", torch.device("cpu"), torch.float16).view(torch.float16).view(256, 2).float()
+    assert torch.equal(halves[0x2F], torch.tensor(CODEBOOK)[[2, 15]].half().float())
 
 
 def test_out_of_given_memory() -> None:

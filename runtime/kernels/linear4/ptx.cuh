@@ -1,4 +1,5 @@
-// Types and the PTX that Hopper's kernels are made of: barriers in shared memory, asynchronous copies, bfloat16 pairs.
+// Types and the PTX that Hopper's kernels are made of: barriers in shared memory, asynchronous copies, pairs of 16-bit
+// numbers.
 
 struct alignas(64) TensorMap {
     u64 words[16];
@@ -119,6 +120,25 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
+}
+
+// The same of float16.
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
+__device__ __forceinline__ u32 multiply_halves(u32 a, u32 b) {
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+__device__ __forceinline__ u32 two_halves(float value) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
+    return pair;
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

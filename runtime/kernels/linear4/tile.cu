@@ -16,8 +16,9 @@
 //
 // Macros: NF4 (else int4), NESTED (double quantization), SCALE_COLUMNS (columns that share a scale), TOKENS, GROUPED
 // (experts; rows of x sorted by expert), SILU (rows of W alternate by 16 between gate and up; the output is silu(gate) *
-// up), SCATTERED (row i of x makes row pairs[i] of the output), SCALED (each row of the output is multiplied by its one
-// of weights), OUT_FLOAT (float32 output, else bfloat16).
+// up), SCATTERED (row i of x makes row pairs[i] of the output), SCALED (what row i of x makes is multiplied by factors[i],
+// before SILU), HALF (x is float16, and weights are multiplied as such; else bfloat16), OUT_FLOAT (float32 output, else
+// bfloat16).
 
 constexpr int BUFFERS = PARTS == 2 ? 1 : 2;  // of A operands, as far as registers go
 
@@ -82,7 +83,20 @@ __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x
     }
 }
 
-// Both halves of a split scale, each for a pair of weights.
+// From two codes of int4: 1024 + code is a float16, 128 + code a bfloat16 with the code in its last bits.
+#if HALF
+__device__ __forceinline__ u32 level_pair(u32 codes) { return add_halves(codes | 0x64006400, 0xe408e408); }
+
+// A scale, for a pair of weights.
+struct Scale {
+    u32 twice;
+    __device__ __forceinline__ void set(u32 word) { twice = word; }
+    __device__ __forceinline__ u32 times(u32 levels) const { return multiply_halves(levels, twice); }
+};
+#else
+__device__ __forceinline__ u32 level_pair(u32 codes) { return add_pairs(codes | 0x43004300, 0xc308c308); }
+
+// Both parts of a scale, each for a pair of weights.
 struct Scale {
     u32 main, rest;
     __device__ __forceinline__ void set(u32 both) {
@@ -94,6 +108,7 @@ struct Scale {
         return fma_pairs(levels, main, multiply_pairs(levels, rest));
     }
 };
+#endif
 
 // The four A registers of a lane from four bytes of codes; `table` is the lane's column of the table.
 __device__ __forceinline__ void decode(u32 (&a)[4], u32 word, u32 table, const Scale& upper, const Scale& lower) {
@@ -104,11 +119,11 @@ __device__ __forceinline__ void decode(u32 (&a)[4], u32 word, u32 table, const S
     levels[2] = load_table((word >> 9 & 0x7f80) | table);
     levels[3] = load_table((word >> 17 & 0x7f80) | table);
 #else
-    u32 high = word >> 4;  // 128 + code is a bfloat16 with the code in its last bits
-    levels[0] = add_pairs(__byte_perm(high, word, 0x4400) & 0x000f000f | 0x43004300, 0xc308c308);
-    levels[1] = add_pairs(__byte_perm(high, word, 0x5511) & 0x000f000f | 0x43004300, 0xc308c308);
-    levels[2] = add_pairs(__byte_perm(high, word, 0x6622) & 0x000f000f | 0x43004300, 0xc308c308);
-    levels[3] = add_pairs(__byte_perm(high, word, 0x7733) & 0x000f000f | 0x43004300, 0xc308c308);
+    u32 high = word >> 4;
+    levels[0] = level_pair(__byte_perm(high, word, 0x4400) & 0x000f000f);
+    levels[1] = level_pair(__byte_perm(high, word, 0x5511) & 0x000f000f);
+    levels[2] = level_pair(__byte_perm(high, word, 0x6622) & 0x000f000f);
+    levels[3] = level_pair(__byte_perm(high, word, 0x7733) & 0x000f000f);
 #endif
     a[0] = upper.times(levels[0]);
     a[1] = lower.times(levels[1]);
@@ -122,7 +137,7 @@ __device__ __forceinline__ u64 token_descriptor(u32 address) {
 }
 
 
-// Codes and split scales of a lane for 64 columns of its rows g, g + 8 and, if there are two parts, g + 16, g + 24.
+// Codes and scales of a lane for 64 columns of its rows g, g + 8 and, if there are two parts, g + 16, g + 24.
 struct Operands {
     u32 words[PARTS][4], scales[SCALES][2 * PARTS];
 
@@ -141,14 +156,14 @@ struct Operands {
 typedef u32 Registers[4][PARTS][4];  // A operands of 64 columns
 
 __device__ __forceinline__ void decode_all(Registers& a, const Operands& in, u32 table) {
-    Scale split[2 * PARTS];
+    Scale scales[2 * PARTS];
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         if (s * SCALES % 4 == 0)
-            for (int r = 0; r < 2 * PARTS; r++) split[r].set(in.scales[s * SCALES / 4][r]);
+            for (int r = 0; r < 2 * PARTS; r++) scales[r].set(in.scales[s * SCALES / 4][r]);
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
-            decode(a[s][part], in.words[part][s], table, split[2 * part], split[2 * part + 1]);
+            decode(a[s][part], in.words[part][s], table, scales[2 * part], scales[2 * part + 1]);
     }
 }
 
@@ -270,7 +285,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
         if (walk.begin > 0) take_over(p, sums, thread, walk);
         int tile = place.first_tile + warp * PARTS / 2;
         if (tile >= p.tiles) continue;
-        if (SCALED) apply_weights(p, sums, place);
+        if (SCALED) apply_factors(p, sums, place);
         int row = SILU ? 16 * tile : 32 * tile + (PARTS == 1 ? 16 * (warp & 1) : 0);  // of the output
 #if OUT_FLOAT
         store_float(p, sums, place, row);

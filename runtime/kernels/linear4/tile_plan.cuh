@@ -8,7 +8,7 @@ struct Problem {
     u64 nested_start;          // of second-level scales
     const int* offsets;        // [E + 1] first token of each expert, if GROUPED
     const long long* pairs;    // [rows of x], if SCATTERED
-    const float* weights;      // [rows of the output], if SCALED
+    const float* factors;      // [rows of x], if SCALED
     const u32* table;          // [256] byte -> two levels
     const float* dynamic_map;  // [256]
     float* partials;           // [blocks, 256 * 128]

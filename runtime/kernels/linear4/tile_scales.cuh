@@ -1,7 +1,9 @@
-// Scales on their way from the layout to the multiplying warps: decoded, and split in two bfloat16. Macros: see tile.cu.
+// Scales on their way from the layout to the multiplying warps: decoded, and made two numbers of 16 bits. Macros: see
+// tile.cu.
 
-// A scale as its bfloat16 (low half) and what that lacks (high half).
-__device__ __forceinline__ u32 split(float scale) {
+// A scale twice if HALF, else as its bfloat16 (low half) and what that lacks (high half).
+__device__ __forceinline__ u32 in_16_bits(float scale) {
+    if (HALF) return two_halves(scale);
     u32 first = pair_of(scale, 0.0f);
     return pair_of(low_of(first), scale - low_of(first));
 }
@@ -34,7 +36,7 @@ struct RowScales {
 __device__ __forceinline__ void store_scales(u32 address, const RowScales& row, const float* map, float inverse) {
     u32 words[SCALE_BLOCKS];
 #pragma unroll
-    for (int i = 0; i < SCALE_BLOCKS; i++) words[i] = split(row.scale(i, map) * inverse);
+    for (int i = 0; i < SCALE_BLOCKS; i++) words[i] = in_16_bits(row.scale(i, map) * inverse);
     if (SCALE_BLOCKS == 2) {
         store_shared2(address, words[0], words[1]);
     } else {

@@ -61,13 +61,13 @@ __device__ __forceinline__ void store_eight(const Problem& p, uint4 v, int token
         if (n + i < p.N) to[i] = (unsigned short)(words[i / 2] >> 16 * (i & 1));
 }
 
-__device__ __forceinline__ void apply_weights(const Problem& p, Sums& sums, const Place& place) {
+__device__ __forceinline__ void apply_factors(const Problem& p, Sums& sums, const Place& place) {
     int t = threadIdx.x & 3;
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; i++) {
         int token = place.token + 8 * i + 2 * t;
-        float even = token < place.tokens ? p.weights[output_row(p, token)] : 0.0f;
-        float odd = token + 1 < place.tokens ? p.weights[output_row(p, token + 1)] : 0.0f;
+        float even = token < place.tokens ? p.factors[token] : 0.0f;
+        float odd = token + 1 < place.tokens ? p.factors[token + 1] : 0.0f;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             float* s = sums.part[part] + 4 * i;

@@ -1,4 +1,11 @@
-// wgmma m64nNk16: A from registers, B [N tokens][64 k] in shared memory with 128-byte swizzle, float32 sums.
+// wgmma m64nNk16: A from registers, B [N tokens][64 k] in shared memory with 128-byte swizzle, float32 sums. Macros: see
+// tile.cu.
+
+#if HALF
+#define NUMBERS "f16"
+#else
+#define NUMBERS "bf16"
+#endif
 
 template <int N>
 struct Wgmma;
@@ -9,7 +16,7 @@ struct Wgmma<16> {
     static __device__ __forceinline__ void multiply(float (&d)[R], const u32 (&a)[4], u64 b, int keep) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %13, 0;"
-            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+            "wgmma.mma_async.sync.aligned.m64n16k16.f32." NUMBERS "." NUMBERS " "
             "{%0, %1, %2, %3, %4, %5, %6, %7}, "
             "{%8, %9, %10, %11}, %12, p, 1, 1, 0;}"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
@@ -23,7 +30,7 @@ struct Wgmma<32> {
     static __device__ __forceinline__ void multiply(float (&d)[R], const u32 (&a)[4], u64 b, int keep) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %21, 0;"
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32." NUMBERS "." NUMBERS " "
             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
             "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
@@ -38,7 +45,7 @@ struct Wgmma<64> {
     static __device__ __forceinline__ void multiply(float (&d)[R], const u32 (&a)[4], u64 b, int keep) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %37, 0;"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." NUMBERS "." NUMBERS " "
             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
             "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
@@ -56,7 +63,7 @@ struct Wgmma<128> {
     static __device__ __forceinline__ void multiply(float (&d)[R], const u32 (&a)[4], u64 b, int keep) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %69, 0;"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32." NUMBERS "." NUMBERS " "
             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -80,7 +87,7 @@ struct Wgmma<256> {
     static __device__ __forceinline__ void multiply(float (&d)[R], const u32 (&a)[4], u64 b, int keep) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %133, 0;"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32." NUMBERS "." NUMBERS " "
             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "

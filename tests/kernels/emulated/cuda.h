@@ -33,7 +33,7 @@ struct float4 { float x, y, z, w; };
 struct int2 { int x, y; };
 struct Index { int x; };
 
-// A matrix of bfloat16 as the copy engine sees it; the rest of the hardware's 128 bytes is unused.
+// A matrix of 16-bit numbers as the copy engine sees it; the rest of the hardware's 128 bytes is unused.
 struct alignas(64) TensorMap {
     const uint16_t* data;
     u64 rows, columns, box_rows;
@@ -239,6 +239,22 @@ static float float_of_half(u32 h) {
     return h >> 15 ? -size : size;
 }
 
+static u32 half_of(float f) {
+    float size = std::fabs(f);
+    u32 sign = f < 0 ? 0x8000 : 0;
+    if (size != size) return 0x7fff;
+    if (size >= 65520.0f) return sign | 0x7c00;
+    int exponent = size > 0 ? std::max(std::ilogb(size), -14) : -14;
+    u32 steps = (u32)std::lrint(std::ldexp(size, 10 - exponent));  // to even; of subnormal numbers less than 1024
+    return sign | (((u32)(exponent + 14) << 10) + steps);
+}
+static float first_half(u32 pair) { return float_of_half(pair); }
+static float second_half(u32 pair) { return float_of_half(pair >> 16); }
+static u32 halves(float low, float high) { return half_of(low) | half_of(high) << 16; }
+static u32 add_halves(u32 a, u32 b) { return halves(first_half(a) + first_half(b), second_half(a) + second_half(b)); }
+static u32 multiply_halves(u32 a, u32 b) { return halves(first_half(a) * first_half(b), second_half(a) * second_half(b)); }
+static u32 two_halves(float value) { return halves(value, value); }
+
 template <typename T>
 static void keep(T&) {}
 template <int N>
@@ -259,6 +275,12 @@ static void wgmma_wait() {
     }
 }
 
+#if HALF
+static float number_of(u32 bits) { return float_of_half(bits); }
+#else
+static float number_of(u32 bits) { return low_of(bits); }
+#endif
+
 template <int N>
 struct Wgmma {
     template <int R>
@@ -276,7 +298,7 @@ struct Wgmma {
         for (int k = 0; k < 16; k++)
             for (int r = 0; r < 2; r++) {
                 u32 pair = warp().values[4 * g + k % 8 / 2][r + k / 8 * 2];
-                rows[r][k] = k % 2 ? high_of(pair) : low_of(pair);
+                rows[r][k] = number_of(k % 2 ? pair >> 16 : pair);
             }
         for (int i = 0; i < N / 2; i++) {
             int token = 8 * (i / 4) + 2 * t + i % 2;
@@ -284,7 +306,7 @@ struct Wgmma {
             for (int k = 0; k < 16; k++) {
                 u32 byte = start + token * 128 + k * 2;
                 byte ^= (byte >> 7 & 7) << 4;
-                sum += rows[i >> 1 & 1][k] * low_of(*(uint16_t*)(current->block->memory + byte));
+                sum += rows[i >> 1 & 1][k] * number_of(*(uint16_t*)(current->block->memory + byte));
             }
             d[i] = sum;
         }
