@@ -108,12 +108,13 @@ def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -
             x, step = hop.arrived, _step(inputs.on[layer.device], state)
         parts = partial(layer.attention.out_proj, layer.attention.step(layer.attention.in_proj(x), step))
         y = norm_residual(x, parts, layer.alpha, layer.beta, layer.post_norm.weight, layer.post_norm.eps)
-        (ids, weights), extra = layer.moe.route(y), None
+        ids, weights = layer.moe.route(y)
         fetch = layer.moe.fetch(y, ids, weights)
+        units, extra = None, None
         if fetch is not None:
             yield fetch
-            ids, weights, extra = fetch.left(ids, weights)
-        parts, weight = layer.moe.parts(y, ids, weights), following.weight_on(x.device)
+            units, extra = fetch.left()
+        parts, weight = layer.moe.parts(y, ids, weights, units), following.weight_on(x.device)
         parts = parts if extra is None else torch.cat([parts, extra])
         x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
     return model.head(x, out_dtype=torch.float32)

@@ -1,8 +1,10 @@
 """The devices that are there: which ones are meant, what they compute in, and what they offer to a plan."""
 
+import ctypes
 import gc
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,10 @@ def this_machine(
 ) -> Machine:
     """What the GPUs `devices` have free, host memory up to `host_memory` bytes, and the disk of `folder`."""
     gpus = []
-    gc.collect()  # what torch keeps of models that are gone counts as free
+    gc.collect()  # what torch, and the C library, keep of models that are gone counts as free
     torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     for device in devices:
         free, total = torch.cuda.mem_get_info(device)
         gpus.append(Gpu(str(device), free, Gpu.of_size(0, total).read_bytes_per_s))

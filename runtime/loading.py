@@ -19,7 +19,6 @@ from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import default_prefill_chunk, plan_memory
 from minibble.runtime.planning.planner import plan_placement
-from minibble.runtime.planning.processors import computable
 from minibble.runtime.quality import read_quality
 from minibble.runtime.unfilled import Unfilled, packs
 
@@ -52,10 +51,10 @@ def load(
     what is free there. Experts that do not fit wait in host memory, up to `host_memory` bytes pinned, and then, if
     there is an `offload_folder`, in a file in it: kernels' layout for 4-bit checkpoints only. Prompts go through the
     layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. With `cpu_experts` the
-    CPU computes some of the missing experts of decode steps while others are copied, which rounds otherwise, and holds
-    those twice as far as host memory goes. `progress` is called with bytes read, all bytes, and what is being read.
-    BudgetError says what is missing where even that does not fit; CheckpointError names what is missing, left over or
-    not 4-bit.
+    CPU computes a part of each missing expert of a decode step while the rest is copied, which rounds otherwise, and
+    holds such parts twice as far as host memory goes. `progress` is called with bytes read, all bytes, and what is read
+    next. BudgetError says what is missing where even that does not fit; CheckpointError names what is missing, left
+    over or not 4-bit.
     """
     checkpoint = Checkpoint.open(resolve_source(path))
     tokenizer = load_tokenizer(checkpoint.path)  # a bad one is found before weights are read
@@ -68,8 +67,8 @@ def load(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,
         )  # fmt: skip
-        computed = computable(checkpoint, placement, machine) if cpu_experts else ()
-        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None, computed=computed)
+        computing = machine if cpu_experts else None
+        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None, computing=computing)
     else:
         _refuse({"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": folder,
                  "experts on the CPU": cpu_experts})  # fmt: skip

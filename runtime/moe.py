@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from minibble.quantize.config import ModelConfig
@@ -48,17 +49,27 @@ class MoE(nn.Module):
         return route(x_ND, router, self.active)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        parts = self.summands(x_BTD)
+        return (parts[0] if len(parts) == 1 else parts.sum(0, dtype=torch.float32)).to(x_BTD.dtype)
+
+    def summands(self, x_BTD: Tensor) -> Tensor:
+        """`forward` as parts [S, B, T, D] that are still to be added up, of any float dtype."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         ids, weights = self.route(x_ND)
-        y_ND = moe4(x_ND, ids, weights, self.table) if self.packed is None else self.packed(x_ND, ids, weights)
-        return y_ND.view_as(x_BTD)
+        if self.packed is not None:
+            return self.packed(x_ND, ids, weights).unflatten(1, x_BTD.shape[:-1])
+        return moe4(x_ND, ids, weights, self.table).view_as(x_BTD)[None]
 
     def fetch(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "ExpertPause | None":
         """The pause in which the chosen experts come that are elsewhere; None if all are always there."""
         return None if self.packed is None else self.packed.fetch(x_MD, ids_MA, weights_MA)
 
-    def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
-        """What the experts chosen by `route` add to a few tokens, float32, as parts [S, M, D] whose sum it is."""
+    def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
+        """What the experts chosen by `route` add to a few tokens, float32, as parts [S, M, D] whose sum it is.
+
+        Of hidden units the first `units_MA` of each pair count, by default all.
+        """
         if self.packed is not None:
-            return self.packed.decode(x_MD, ids_MA, weights_MA)
+            return self.packed.decode(x_MD, ids_MA, weights_MA, units_MA)
+        assert units_MA is None
         return moe4(x_MD, ids_MA, weights_MA, self.table).float()[None]

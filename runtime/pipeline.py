@@ -47,8 +47,9 @@ class Pause(Protocol):
 class ExpertPause(Pause, Protocol):
     """One in which experts come, or are computed elsewhere."""
 
-    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The choice and the weights that are left to the device, and what is to be added, float32 [1, M, D]."""
+    def left(self) -> tuple[Tensor | None, Tensor | None]:
+        """How many hidden units of each pair are left to the device, int32 [M, A], and what is to be added, float32
+        [1, M, D]; None for all of them and nothing."""
 
 
 class Hop:

@@ -21,12 +21,10 @@ from minibble.runtime.bench import routing
 from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
 from minibble.runtime.bench.whole import check_layers, check_offloaded
 from minibble.runtime.devices import gpu_bytes, this_machine
-from minibble.runtime.experts.table import OffloadedTable
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.planning.placement import Placement
 from minibble.runtime.planning.planner import plan_placement
-from minibble.runtime.planning.processors import computable
 from minibble.runtime.unfilled import Unfilled
 
 REPEATS = 3  # of a prefill
@@ -85,8 +83,8 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     for device in used:
         torch.cuda.reset_peak_memory_stats(device)
     started = perf_counter()
-    computed = computable(source, placement, machine) if run.cpu_experts else ()
-    unfilled = Unfilled.placed(source, placement, run.folder, run.gpu_memory is not None, computed)
+    computing = machine if run.cpu_experts else None
+    unfilled = Unfilled.placed(source, placement, run.folder, run.gpu_memory is not None, computing)
     try:
         model = fill_randomly(unfilled, logits_LE=lengths)
         by_noise = run.routing != "uniform" or bool(model.stores)
@@ -96,8 +94,8 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
         result: dict[str, Any] = {
             "plan": placement.to_json(),
             "routing": run.routing,
-            "cpu_experts": len(computed),
-            "expert_s": _expert_seconds(model),
+            "cpu_experts": len(unfilled.computed),
+            "cpu_units": unfilled.computed_units,
             "routed_by": "noise" if by_noise else "hidden states",
             "load_s": perf_counter() - started,
             "loaded": [gpu_bytes(device) for device in used],
@@ -123,13 +121,6 @@ def _routing(config: ModelConfig, law: str) -> tuple[Tensor | None, list[list[in
     ranks = routing.ranks(L, E)
     counts = (COUNTED * routing.zipf_shares(E, A)).long()[ranks].tolist()
     return routing.row_lengths(E, A)[ranks], counts
-
-
-def _expert_seconds(model: MiniMaxForCausalLM) -> dict[str, float] | None:
-    """What a missing expert was found to take to come, and to compute on the CPU; None where it may compute none."""
-    tables = [layer.moe.packed for layer in model.layers]
-    measured = [t for t in tables if isinstance(t, OffloadedTable) and t.processor is not None]
-    return {"copy": measured[0].copy_s, "compute": measured[0].compute_s} if measured else None
 
 
 def _route_by_noise(model: MiniMaxForCausalLM) -> None:

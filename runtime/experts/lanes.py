@@ -5,11 +5,14 @@ each other. On the CPU everything has happened when a call returns, and marks me
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from minibble.runtime.kernels.nvrtc import check
+from minibble.runtime.kernels.tiles import Rectangle
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +33,8 @@ class Lane(Protocol):
     def mark(self) -> Mark:
         """The computing issued so far."""
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
-        """Copy a record to the device once `after` has passed, beside the computing."""
+    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
+        """Copy a record, or pieces of it, to the device once `after` has passed, beside the computing."""
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         """Copy a record from the device, among the computing."""
@@ -73,8 +76,11 @@ class HostLane:
     def mark(self) -> Mark:
         return None
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
-        slot.copy_(source)
+    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
+        if not pieces:
+            slot.copy_(source)
+        for piece in pieces:
+            _view(slot, piece).copy_(_view(source, piece))
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         place.copy_(slot)
@@ -117,11 +123,15 @@ class CudaLane:
     def mark(self) -> Mark:
         return _recorded(torch.cuda.current_stream(self.device))
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
+    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
         if after is not None:
             self.stream.wait_event(after)
-        with torch.cuda.stream(self.stream):
-            slot.copy_(source, non_blocking=True)
+        if not pieces:
+            with torch.cuda.stream(self.stream):
+                slot.copy_(source, non_blocking=True)
+        with torch.cuda.device(self.device):
+            for piece in pieces:
+                _copy(slot, source, piece, self.stream)
         return _recorded(self.stream)
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
@@ -185,6 +195,22 @@ class CudaLane:
             begin, end = self._timed.pop(0)
             self._stall_s += begin.elapsed_time(end) / 1e3
         return self._stall_s
+
+
+def _view(record: Tensor, piece: Rectangle) -> Tensor:
+    return record.as_strided((piece.height, piece.width), (piece.pitch, 1), record.storage_offset() + piece.start)
+
+
+def _copy(slot: Tensor, source: Tensor, piece: Rectangle, stream: torch.cuda.Stream) -> None:
+    """Copy a piece of a record in host memory: torch would first make one stretch of it."""
+    from cuda.bindings import driver
+
+    copy = driver.CUDA_MEMCPY2D()
+    copy.srcMemoryType, copy.srcHost = driver.CUmemorytype.CU_MEMORYTYPE_HOST, source.data_ptr() + piece.start
+    copy.dstMemoryType, copy.dstDevice = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE, slot.data_ptr() + piece.start
+    copy.srcPitch = copy.dstPitch = piece.pitch or piece.width
+    copy.WidthInBytes, copy.Height = piece.width, piece.height
+    check(driver.cuMemcpy2DAsync(copy, stream.cuda_stream), f"copy of {piece} to {slot.device}")
 
 
 def _recorded(stream: torch.cuda.Stream, timed: bool = False) -> Mark:

@@ -1,7 +1,8 @@
-"""Experts that the CPU computes itself, while others are copied to the GPU."""
+"""Experts whose last hidden units the CPU computes itself, while the others are copied to the GPU."""
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from statistics import median
 from typing import Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minibble.quantize.nf4_math import decode_absmax
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.devices import best_dtype
 from minibble.runtime.experts.tiering import Key
@@ -17,19 +19,18 @@ from minibble.runtime.kernels.linear4 import Packed, linear, prepare
 
 CPU = torch.device("cpu")
 TIMED = 3  # experts that are timed
-WARM, ROUNDS = 8, 8  # runs before, in which threads start and clocks rise, from 20 ms to 2; and of those that count
-IDLE_S = 0.01  # between them, as in decoding: threads that have gone to sleep make an expert take half as long again
-LEAST_GAIN = 0.1  # of the time without the CPU, for which it is asked: both read the same memory
+WARM, ROUNDS = 8, 24  # runs before, in which threads start and clocks rise, from 20 ms to 2; and of those that count
+IDLE_S = 0.002  # between them, as in decoding: threads that have gone to sleep make an expert take half as long again
 
 
 class Processor:
-    """The experts `keys` in the form of the CPU's own kernels, beside their records.
+    """The last hidden `units` of the experts `keys` in the form of the CPU's own kernels, beside their records.
 
     Activations have `dtype`, by default the best for this CPU.
     """
 
-    def __init__(self, keys: Collection[Key], dtype: torch.dtype | None = None):
-        self.keys, self.dtype = frozenset(keys), dtype or best_dtype(CPU)
+    def __init__(self, keys: Collection[Key], units: int, dtype: torch.dtype | None = None):
+        self.keys, self.units, self.dtype = frozenset(keys), units, dtype or best_dtype(CPU)
         self._gate_up: dict[Key, Packed] = {}
         self._down: dict[Key, Packed] = {}
 
@@ -40,16 +41,17 @@ class Processor:
     def put(self, key: Key, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
         """Lay out gate and up, [F, D] each, or down, [D, F], if the expert is one of `keys`; on any device."""
         if key in self.keys:
-            held = self._gate_up if kind == "gate_up" else self._down
-            held[key] = prepare([part.to(CPU) for part in parts], CPU, self.dtype)
+            (N, K), last = parts[0].shape, self.units
+            held, row, column = (self._gate_up, N - last, 0) if kind == "gate_up" else (self._down, 0, K - last)
+            held[key] = prepare([_last(part, row, column) for part in parts], CPU, self.dtype)
 
     def __call__(self, key: Key, x_MD: Tensor) -> Tensor:
-        """down(silu(gate x) * up x), float32 [M, D], of x [M, D] on the CPU."""
+        """Their part of down(silu(gate x) * up x), float32 [M, D], of x [M, D] on the CPU."""
         gate, up = linear(x_MD.to(self.dtype), self._gate_up[key]).chunk(2, dim=-1)
         return linear(F.silu(gate) * up, self._down[key], torch.float32)
 
     def seconds(self) -> float:
-        """How long an expert takes for one token, measured now; infinity without any."""
+        """How long that takes for one token, measured now; infinity without an expert."""
         keys, times = list(self._down)[:TIMED], []
         for key in islice(cycle(keys), WARM + ROUNDS):
             x = torch.ones(1, self._gate_up[key].shape[1])
@@ -60,13 +62,15 @@ class Processor:
         return median(times[WARM:]) if keys else float("inf")
 
 
-def shared_out(missing: int, copy_s: float, compute_s: float) -> int:
-    """How many of the missing experts to compute, so that both are done soonest; of equals as few as possible, and none
-    where that gains little."""
-
-    def takes(computed: int) -> float:
-        copied = missing - computed
-        return max(computed * compute_s if computed else 0.0, copied * copy_s if copied else 0.0)
-
-    best = min(range(missing + 1), key=lambda computed: (takes(computed), computed))
-    return best if takes(best) < (1 - LEAST_GAIN) * takes(0) else 0
+def _last(q: QuantizedTensor, row: int, column: int) -> QuantizedTensor:
+    """Rows from `row` on and columns from `column` on, which must be whole blocks; second-level scales are resolved."""
+    N, K = q.shape
+    absmax = q.absmax if q.levels == "int4" else decode_absmax(q)
+    return replace(
+        q,
+        shape=(N - row, K - column),
+        codes=q.codes.view(N, -1)[row:, column // 2 :].flatten(),
+        absmax=absmax.view(N, -1)[row:, column // q.block_size :].flatten(),
+        nested_absmax=None,
+        nested_offset=None,
+    )

@@ -1,4 +1,4 @@
-"""A decode step's missing experts, shared out between copy engine and CPU. Axes: M tokens, A active, D hidden."""
+"""A decode step's missing experts, divided between copy engine and CPU. Axes: M tokens, A active, D hidden."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minibble.runtime.experts.lanes import Mark
-from minibble.runtime.experts.processor import Processor, shared_out
+from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 
 if TYPE_CHECKING:
@@ -28,63 +28,59 @@ def _copy(store: ExpertStore, places: Sequence[Tensor], given: Sequence[Tensor])
 
 
 class SharedFetch:
-    """As `table.Fetch`, but some of the missing experts are computed here while others come.
+    """As `table.Fetch`, but of missing experts only the first hidden units come, and the last ones are computed here.
 
-    What the GPU is left with is in places of its own: `ids` and `weights`, in which pairs that were computed here have
-    the weight 0 of an expert that is there, and `extra`, float32 [1, M, D], what these add. The stretch before fills
-    them as if nothing were computed here, so that most layers cost no more than without.
+    `units`, int32 [M, A], are how many of each pair's are left to the GPU, and `extra`, float32 [1, M, D], is what the
+    others add. The stretch before fills both as if nothing were computed here, so that most layers cost no more than
+    without.
     """
 
     def __init__(self, table: "OffloadedTable", processor: Processor, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor):
         self.table, self.processor = table, processor
         self.given, self.device = (ids_MA, weights_MA, y_MD), y_MD.device
-        extra = torch.zeros(1, *y_MD.shape, device=y_MD.device)
-        self._left = (ids_MA.clone(), weights_MA.clone(), extra)
+        self.extra = torch.zeros(1, *y_MD.shape, device=y_MD.device)
+        self.units = torch.full_like(ids_MA, table.down.K, dtype=torch.int32)
         self._seen: list[Tensor] = []
 
     def prepare(self) -> None:
         """Make room in host memory."""
         if not self._seen:
-            ids, weights, y = self.given
-            pinned = y.is_cuda
-            self._seen = [torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for x in (ids, weights, y)]
-            self._seen.append(torch.empty(1, *y.shape, pin_memory=pinned))
+            pinned = self.device.type == "cuda"
+            self._seen = [
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned) for x in (*self.given, self.extra, self.units)
+            ]
 
-    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the GPU is to do: ids, weights, and what is to be added."""
-        return self._left
+    def left(self) -> tuple[Tensor, Tensor]:
+        """How many hidden units of each pair the GPU is to compute, and what is to be added."""
+        return self.units, self.extra
 
     def run(self) -> None:
-        """Have some come and compute the others; the host waits for the router's choice and for its own work."""
+        """Have experts come and compute the rest of them; the host waits for the router's choice and its own work."""
         self.prepare()
-        table, (ids, weights, y, extra) = self.table, self._seen
+        table, (ids, weights, y, extra, units) = self.table, self._seen
         look(table.store, [ids], self.given[:1])
-        chosen = list(dict.fromkeys(ids.flatten().tolist()))
-        mine, anchor = self._mine(chosen)
+        chosen = ids.flatten().tolist()
+        mine = self._mine(chosen)
         # Asked for before the experts are: after that the GPU waits for these.
         there = _copy(table.store, [weights, y], self.given[1:]) if mine else None
-        table.bring([expert for expert in chosen if expert not in mine] or [anchor])
+        table.bring(chosen, mine)
         if not mine:
             return
         table.store.lane.join(there)
         extra.zero_()
+        units.fill_(table.down.K)
         for expert in mine:
-            pairs = ids == expert
-            tokens = pairs.any(dim=1)
-            share = (weights * pairs).sum(1)[tokens, None]
-            extra[0, tokens] += share * self.processor((table.layer, expert), y[tokens])
-            ids[pairs], weights[pairs] = anchor, 0.0
-        table.store.count_computed(len(mine))
-        for place, new in zip(self._left, (ids, weights, extra), strict=True):
+            token, slot = divmod(chosen.index(expert), ids.shape[1])
+            extra[0, token] += weights[token, slot] * self.processor((table.layer, expert), y[token : token + 1])[0]
+            units[token, slot] -= self.processor.units
+        for place, new in ((self.units, units), (self.extra, extra)):
             place.copy_(new, non_blocking=True)
 
-    def _mine(self, chosen: list[int]) -> tuple[list[int], int]:
-        """The experts to compute here, and one that the GPU has or gets in their place."""
-        store, layer = self.table.store, self.table.layer
-        missing = [expert for expert in chosen if not store.is_here(layer, expert)]
-        able = [expert for expert in missing if (layer, expert) in self.processor.keys]
-        mine = able[: shared_out(len(missing), self.table.copy_s, self.table.compute_s)]
-        others = [expert for expert in chosen if expert not in mine] or list(store.tiering.resident.get(layer, ()))[:1]
-        if not others:  # nothing of this layer is on the GPU: one has to come
-            return mine[1:], mine[0]
-        return mine, others[0]
+    def _mine(self, chosen: list[int]) -> list[int]:
+        """The experts to compute a part of: those that are missing and have one token. For more the CPU takes longer,
+        and a copy does not."""
+        store, layer, able = self.table.store, self.table.layer, self.processor.keys
+        return [
+            expert for expert in dict.fromkeys(chosen)
+            if (layer, expert) in able and chosen.count(expert) == 1 and not store.is_here(layer, expert)
+        ]  # fmt: skip

@@ -7,7 +7,10 @@ from minibble.runtime.experts.tiering import Key
 
 
 class Slots:
-    """`count` slots, each free or one expert's; `held` are those that work in progress needs."""
+    """`count` slots, each free or one expert's; `held` are those that work in progress needs.
+
+    A slot given `partly` holds less than the expert, which is not `present` by it.
+    """
 
     def __init__(self, count: int):
         self.keys: list[Key | None] = [None] * count
@@ -33,24 +36,26 @@ class Slots:
 
     def victim(self, keep: Set[int] = frozenset()) -> int | None:
         """A free slot, else the one used least recently, never one that is held or in `keep`; None if there is none."""
-        full = len(self._where) == len(self.keys)
+        full = None not in self.keys
         for slot in self._order:
             if (full or self.keys[slot] is None) and slot not in self.held and slot not in keep:
                 return slot
         return None
 
-    def give(self, slot: int, key: Key) -> None:
+    def give(self, slot: int, key: Key, partly: bool = False) -> None:
         """Let a free slot be that of `key`."""
         assert self.keys[slot] is None and key not in self._where
         self.keys[slot] = key
-        self._where[key] = slot
+        if not partly:
+            self._where[key] = slot
         self.touch(slot)
 
     def drop(self, slot: int) -> Key | None:
         """Free a slot; returns whose it was."""
         key = self.keys[slot]
         if key is not None:
-            del self._where[key]
+            if self._where.get(key) == slot:
+                del self._where[key]
             self.keys[slot] = None
         self.held.discard(slot)
         return key

@@ -1,7 +1,6 @@
 """The experts of one GPU's layers, those that fit on it and those that come when they are needed."""
 
-import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,13 +14,14 @@ from minibble.runtime.experts.lanes import Lane, lane_for
 from minibble.runtime.experts.stats import ExpertStats
 from minibble.runtime.experts.tiering import Key, Tiering
 from minibble.runtime.experts.tiers import Tiers
+from minibble.runtime.kernels.tiles import Rectangle
 
-TIMED = 3  # copies, of which the quickest counts
 ALIGNMENT = 256  # bytes; what kernels expect of a record
 
 
 class ExpertStore:
-    """Experts of `record_nbytes` each, placed by `tiering`; `folder` is for those that wait on disk.
+    """Experts of `record_nbytes` each, placed by `tiering`; `folder` is for those that wait on disk. `pieces` are what
+    comes of those that are required in part.
 
     Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`. One thread
     at a time; all computing on streams that wait for each other, none of it being captured meanwhile. BudgetError where
@@ -35,6 +35,7 @@ class ExpertStore:
         tiering: Tiering,
         folder: Path | None = None,
         lane: Lane | None = None,
+        pieces: Sequence[Rectangle] = (),
     ):
         assert record_nbytes > 0 and record_nbytes % ALIGNMENT == 0, f"records of {record_nbytes} bytes"
         tiering.check()
@@ -45,7 +46,7 @@ class ExpertStore:
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
             self._tiers = Tiers(lane, record_nbytes, tiering, folder)
             try:
-                self._bank = Bank(device, lane, self._tiers, tiering, self._stats)
+                self._bank = Bank(device, lane, self._tiers, tiering, self._stats, pieces)
             except BaseException:
                 self._tiers.close()
                 raise
@@ -89,23 +90,6 @@ class ExpertStore:
         """Whether an expert is on the device, or on its way to it."""
         return self._bank.is_here((layer, expert))
 
-    def copy_seconds(self) -> float:
-        """How long a record takes from host memory, measured now on a few; infinity without any there."""
-        times = []
-        for layer, expert in [key for key in self._tiers.host if not self.is_here(*key)][:TIMED]:
-            self._bank.lane.finish()
-            began = time.perf_counter()
-            self.require(layer, [expert])
-            self._bank.lane.finish()
-            times.append(time.perf_counter() - began)
-            self.used(layer)
-        return min(times, default=float("inf"))
-
-    def count_computed(self, experts: int) -> None:
-        """Note that so many missing experts were computed elsewhere."""
-        self._stats.computed += experts
-        self._stats.misses += experts
-
     def record(self, layer: int, expert: int) -> Tensor:
         """The record of an expert that is resident, or required and not yet given up by `used`."""
         bank, key = self._bank, (layer, expert)
@@ -147,15 +131,17 @@ class ExpertStore:
         self._bank.publish()
         self._sealed = True
 
-    def require(self, layer: int, ids: Iterable[int]) -> None:
-        """Let the experts `ids` be there for the computing issued from now on, until `used`.
+    def require(self, layer: int, ids: Iterable[int], partly: Collection[int] = ()) -> None:
+        """Let the experts `ids` be there for the computing issued from now on, until `used`; of those `partly`, which
+        are not here but in host memory, a part.
 
         The host waits for the disk alone. BudgetError if more must come than there are slots.
         """
         self._advance()
         wanted = _distinct(layer, ids)
         hits = self._bank.count_hits(wanted)
-        self._bank.take(wanted)
+        self._bank.take(wanted, _distinct(layer, partly))
+        self._stats.computed += len(partly)
         self._count(wanted, hits)
 
     def used(self, layer: int) -> None:

@@ -1,6 +1,6 @@
 """A layer's experts where some are elsewhere: brought by the store before the kernels ask for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -31,7 +31,6 @@ class OffloadedTable(RecordTable):
     ):
         super().__init__(gate_up, down, store.addresses(layer))
         self.store, self.layer, self.processor = store, layer, processor
-        self.copy_s = self.compute_s = float("inf")  # of an expert, until it is measured
         self.following: OffloadedTable | None = None  # that of the next layer in the same store
 
     @property
@@ -44,6 +43,7 @@ class OffloadedTable(RecordTable):
     def put(self, expert: int, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
         """As of all tables; gate and up come before down, after which the record is complete."""
         place = self.store.put(self.layer, expert)
+        parts = [q.to(place.device) for q in parts]
         self.lay_out(place, kind, parts)
         if self.processor is not None:
             self.processor.put((self.layer, expert), kind, parts)
@@ -67,9 +67,9 @@ class OffloadedTable(RecordTable):
             return SharedFetch(self, self.processor, y_MD, ids_MA, weights_MA)
         return Fetch(self, ids_MA)
 
-    def bring(self, ids: Iterable[int]) -> None:
-        """Have the experts `ids` there for what is issued from now on."""
-        self.store.require(self.layer, ids)
+    def bring(self, ids: Iterable[int], partly: Collection[int] = ()) -> None:
+        """Have the experts `ids` there for what is issued from now on, of those `partly` the first hidden units."""
+        self.store.require(self.layer, ids, partly)
 
 
 class Fetch:
@@ -87,9 +87,9 @@ class Fetch:
         if self._seen is None:
             self._seen = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=self.ids.is_cuda)
 
-    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, None]:
+    def left(self) -> tuple[None, None]:
         """What the GPU is to do: all of it."""
-        return ids_MA, weights_MA, None
+        return None, None
 
     def run(self) -> None:
         """Bring the experts."""

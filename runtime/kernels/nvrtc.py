@@ -104,7 +104,7 @@ class Kernel:
         config.attrs, config.numAttrs = attributes, len(attributes)
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * max(len(values), 1))(*[ctypes.addressof(value) for value in values])
-        _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), f"launch of {self.name}")
+        check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0), f"launch of {self.name}")
 
     def function(self, device: int, shared_nbytes: int = 0) -> Any:
         """The driver's handle of the function on CUDA device `device`, allowed `shared_nbytes` of shared memory."""
@@ -112,12 +112,12 @@ class Kernel:
 
         if device not in self._functions:
             module = _module(self.sources, self.macros, device)
-            self._functions[device] = _check(
+            self._functions[device] = check(
                 driver.cuModuleGetFunction(module, self.name.encode()), f"look-up of {self.name}"
             )
         if shared_nbytes > self._shared.get(device, 0):
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(
+            check(
                 driver.cuFuncSetAttribute(self._functions[device], attribute, shared_nbytes),
                 f"{self.name} with {shared_nbytes} bytes of shared memory",
             )
@@ -149,7 +149,7 @@ def _module(sources: tuple[Path, ...], macros: tuple[str, ...], device: int) -> 
         torch.cuda.mem_get_info(device)  # makes torch's context the current one
         text = "\n".join(path.read_text() for path in sources)
         arch = architecture(device)
-        version = _check(nvrtc.nvrtcVersion(), "NVRTC")
+        version = check(nvrtc.nvrtcVersion(), "NVRTC")
         key = hashlib.sha256(repr((text, macros, arch, version)).encode()).hexdigest()[:32]
         path = _cache_folder() / f"{sources[-1].stem}-{arch}-{key}"
         code = path.read_bytes() if path.is_file() else b""
@@ -159,27 +159,27 @@ def _module(sources: tuple[Path, ...], macros: tuple[str, ...], device: int) -> 
             kept = _keep(path, code)
             elapsed_s = time.perf_counter() - started
             log.info("compiled %s for %s in %.1f s%s", sources[-1].name, arch, elapsed_s, kept)
-        return _check(driver.cuModuleLoadData(code), f"load of {sources[-1].name}")
+        return check(driver.cuModuleLoadData(code), f"load of {sources[-1].name}")
 
 
 def _compile(text: str, name: str, macros: Sequence[str], arch: str) -> bytes:
     """Machine code (for sm_XX) or PTX (for compute_XX)."""
     from cuda.bindings import nvrtc
 
-    program = _check(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []), name)
+    program = check(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []), name)
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--device-as-default-execution-space", *macros]
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status):
-        buffer = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), name)
-        _check(nvrtc.nvrtcGetProgramLog(program, buffer), name)
+        buffer = b" " * check(nvrtc.nvrtcGetProgramLogSize(program), name)
+        check(nvrtc.nvrtcGetProgramLog(program, buffer), name)
         raise KernelError(f"{name} cannot be compiled for {arch}:\n{buffer.decode(errors='replace').strip()}")
     size, get = (
         (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
         if arch.startswith("sm_")
         else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
     )
-    code = b" " * _check(size(program), name)
-    _check(get(program, code), name)
+    code = b" " * check(size(program), name)
+    check(get(program, code), name)
     nvrtc.nvrtcDestroyProgram(program)
     return code
 
@@ -203,7 +203,8 @@ def _keep(path: Path, code: bytes) -> str:
     return f"; kept in {path.parent}"
 
 
-def _check(result: tuple[Any, ...], what: str) -> Any:
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """What a function of cuda-bindings returns beside its status; KernelError if it failed."""
     status, *values = result
     if int(status):
         raise KernelError(f"{what}: {status.name if hasattr(status, 'name') else status}")

@@ -42,8 +42,8 @@ def test_many_tokens_before_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         share = (weights * (ids == expert)).sum(1).double()
         expected += share[:, None] * (torch.nn.functional.silu(x.double() @ gate) * (x.double() @ up) @ last64)
     y = table(x, ids, weights)
-    assert y.dtype == torch.bfloat16
-    assert float((y.double() - expected).norm() / expected.norm()) < 5e-3
+    assert y.shape == (1, 70, D)
+    assert float((y[0].double() - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int4-g128"])

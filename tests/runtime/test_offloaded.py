@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden import tiny
 from golden.expert_stores import RECORD, make, placement
 from golden.tiny_models import followed
 from golden.tiny_models import make as make_model
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 import minibble
 from minibble.quantize.errors import BudgetError, CheckpointError, StateError
-from minibble.runtime import graphs
-from minibble.runtime.experts import sharing
+from minibble.quantize.job import quantize_checkpoint
+from minibble.runtime import graphs, unfilled
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import ALL_FROM, Fetch, OffloadedTable
 from minibble.runtime.experts.turns import Turns
@@ -46,13 +47,13 @@ class Log(RecordTable):
     def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "LogFetch":
         return LogFetch(self, ids_MA)
 
-    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
         assert set(ids_MA.flatten().tolist()) <= self.there, "used before they came"
         self.log.append(("used", self.layer))
         return moe4(y_MD, ids_MA, weights_MA, self.experts).float()[None]
 
     def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
-        return moe4(x_MD, ids_MA, weights_MA, self.experts)
+        return moe4(x_MD, ids_MA, weights_MA, self.experts)[None]
 
 
 class LogFetch:
@@ -61,8 +62,8 @@ class LogFetch:
 
     def prepare(self) -> None: ...
 
-    def left(self, ids_MA: Tensor, weights_MA: Tensor) -> tuple[Tensor, Tensor, None]:
-        return ids_MA, weights_MA, None
+    def left(self) -> tuple[None, None]:
+        return None, None
 
     def run(self) -> None:
         self.table.log.append(("came", self.table.layer))
@@ -222,19 +223,35 @@ def test_logits_are_those_of_the_resident_model(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["nf4", "int4"])
 def test_experts_that_the_cpu_computes(
-    cuda_device: torch.device, demo_nf4: Path, monkeypatch: pytest.MonkeyPatch
+    cuda_device: torch.device,
+    make_source: Any,
+    make_int4: Any,
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for rounding."""
-    monkeypatch.setattr(sharing, "shared_out", lambda missing, copy_s, compute_s: missing)
-    resident = minibble.load(demo_nf4, device=cuda_device)
+    """A third of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for
+    rounding."""
+    monkeypatch.setattr(unfilled, "computed_units", lambda *given: 256)
+    config = tiny.original_json(hidden_size=256, intermediate_size=768, vocab_size=2000)
+    source, quantized = make_source(tmp_path / "m", config=config), tmp_path / "q"
+    if method == "nf4":
+        quantize_checkpoint(source, quantized)
+    else:
+        make_int4(source, quantized, group=64)
+    for path in quantized.glob("tokenizer*"):
+        path.unlink()
+    resident = minibble.load(quantized, device=cuda_device)
     for batch in (1, 3):
         model = minibble.load(
-            demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.9), prefill_chunk=CHUNK, cpu_experts=True
+            quantized, device=cuda_device, gpu_memory=short_of(quantized, 0.9), prefill_chunk=CHUNK, cpu_experts=True
         )
         ids = torch.randint(4, 2000, (batch, 40), generator=torch.Generator().manual_seed(batch)).to(cuda_device)
         ours, right = followed(model, ids, 10), followed(resident, ids, 10)
-        assert float((ours - right).norm() / right.norm()) < 3e-2
+        errors = (ours - right).norm(dim=-1) / right.norm(dim=-1)
+        assert errors.median() < 0.01, "of most tokens; rounding sends some to other experts"
         assert model.stores[0].stats.computed > 0 and model.decode_path() == {"eager": 1, "graph": 29}
         model.close()
 
@@ -313,11 +330,11 @@ def test_memory_runs_out_in_the_middle(
     right = followed(model, ids, 20)
     plain, calls = ExpertStore.require, []
 
-    def fail_once(self: ExpertStore, layer: int, wanted: Any) -> None:
+    def fail_once(self: ExpertStore, layer: int, *wanted: Any) -> None:
         calls.append(layer)
         if len(calls) == 30:
             raise torch.cuda.OutOfMemoryError("no memory")
-        plain(self, layer, wanted)
+        plain(self, layer, *wanted)
 
     monkeypatch.setattr(ExpertStore, "require", fail_once)
     with pytest.raises(torch.cuda.OutOfMemoryError):

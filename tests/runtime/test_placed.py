@@ -1,6 +1,7 @@
 """From a checkpoint over a plan to logits, without a GPU: the kernels are read back byte by byte at their addresses."""
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from minibble.quantize.job import quantize_checkpoint
 from minibble.quantize.nf4_math import decode
 from minibble.runtime import graphs, loading, unfilled
 from minibble.runtime import model as model_module
-from minibble.runtime.experts.processor import Processor, shared_out
+from minibble.runtime.experts import division
+from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.sharing import SharedFetch
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.kernels.moe4 import table
@@ -31,7 +33,7 @@ from minibble.runtime.planning.processors import computable, expert_nbytes
 
 IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
 PROMPT = 24
-W, INF = ("w1", "w3", "w2"), float("inf")
+W = ("w1", "w3", "w2")
 CHUNK = 64  # tokens at a time: memory for smaller pieces would hold all of these small experts
 _read: dict[bytes, Tensor] = {}
 
@@ -43,16 +45,20 @@ def matrix(record: bytes, layout: TileLayout) -> Tensor:
     return _read[key]
 
 
-def by_address(self: RecordTable, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
-    """What the kernels compute, from the records to which the table on the device points."""
+def by_address(
+    self: RecordTable, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None
+) -> Tensor:
+    """What the kernels compute, float32 [1, M, D], from the records to which the table on the device points."""
     out = torch.zeros(x_MD.shape)
     for token, (ids, weights) in enumerate(zip(ids_MA.tolist(), weights_MA.tolist(), strict=True)):
-        for expert, weight in zip(ids, weights, strict=True):
+        for slot, (expert, weight) in enumerate(zip(ids, weights, strict=True)):
             record = ctypes.string_at(int(self.addresses[expert]), self.gate_up.nbytes + self.down.nbytes)
             both = (matrix(record, self.gate_up) @ x_MD[token].float()).view(-1, 2, 16)
             hidden = (F.silu(both[:, 0]) * both[:, 1]).flatten()
+            if units_MA is not None:
+                hidden[int(units_MA[token, slot]) :] = 0
             out[token] += weight * (matrix(record[self.gate_up.nbytes :], self.down) @ hidden)
-    return out.to(x_MD.dtype)
+    return out[None]
 
 
 def layouts(D: int, inner: int, format: Format, *others: Any) -> tuple[TileLayout, TileLayout]:
@@ -75,16 +81,29 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module in (unfilled, model_module):
         monkeypatch.setattr(module, "cap", lambda device, nbytes: there["caps"].append((str(device), nbytes)))
     monkeypatch.setattr(graphs, "unfused", lambda model: None)
-    monkeypatch.setattr(RecordTable, "__call__", by_address)
-    monkeypatch.setattr(RecordTable, "decode", lambda self, *inputs: by_address(self, *inputs).float()[None])
+    for method in ("__call__", "decode"):
+        monkeypatch.setattr(RecordTable, method, by_address)
     return there
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Path:
-    config = tiny.original_json(num_hidden_layers=3, attn_type_list=[0, 0, 1])
-    source = make_source(tmp_path_factory.mktemp("placed") / "m", config=config)
-    out = quantize_checkpoint(source, source.parent / "nf4").out
+    return quantized(tmp_path_factory.mktemp("placed"), make_source)
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Iterator[Path]:
+    """One whose experts can be divided, 512 hidden units for the GPU and 256 for the CPU."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(division, "copy_seconds", lambda nbytes, device: 1.0)
+        context.setattr(division, "compute_seconds", lambda D, units, format: units / 512)
+        yield quantized(tmp_path_factory.mktemp("divided"), make_source, hidden_size=256, intermediate_size=768)
+
+
+def quantized(folder: Path, make_source: Any, **changes: Any) -> Path:
+    config = tiny.original_json(num_hidden_layers=3, attn_type_list=[0, 0, 1], **changes)
+    source = make_source(folder / "m", config=config)
+    out = quantize_checkpoint(source, folder / "nf4").out
     for path in out.glob("tokenizer*"):
         path.unlink()
     return out
@@ -138,65 +157,60 @@ def test_experts_elsewhere_change_no_bit(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("all_of_a_kind", ["computed", "copied", "both"])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_experts_on_the_cpu(
-    folder: Path, machine: dict[str, Any], all_of_a_kind: str, monkeypatch: pytest.MonkeyPatch
+    divided: Path, machine: dict[str, Any], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever computes them, tokens get the same but for rounding; the GPU is left with those that are there."""
-    right = followed(placed(folder), IDS, PROMPT)
-    model = placed(folder, 3, cpu_experts=True)
+    """Tokens get the same but for rounding, the GPU the first hidden units of an expert that one token alone chose."""
+    ids = torch.tensor(tiny.prompts((30,) * batch, seed=12))
+    right = followed(placed(divided), ids, PROMPT)
+    model = placed(divided, 3, cpu_experts=True)
     (store,) = model.stores
-    times = {"computed": (1.0, 0.0), "copied": (0.0, 1.0), "both": (1.0, 1.0)}[all_of_a_kind]
-    for layer in model.layers:
-        assert layer.moe.packed.copy_s > 0 and 0 < layer.moe.packed.compute_s < 60, "measured while loading"
-        layer.moe.packed.copy_s, layer.moe.packed.compute_s = times
     before, plain, left = store.stats, SharedFetch.left, []
 
-    def look(self: SharedFetch, *given: Tensor) -> Any:
-        ids, weights, extra = plain(self, *given)
-        assert all(store.is_here(self.table.layer, expert) for expert in ids.flatten().tolist())
-        left.append(float(weights.sum()) / len(ids))
-        return ids, weights, extra
+    def look(self: SharedFetch) -> tuple[Tensor, Tensor]:
+        units, extra = plain(self)
+        ids = self.given[0]
+        assert extra.any() == (units < 768).any()
+        assert all((ids == expert).sum() == 1 for expert in ids[units < 768]), "more tokens are the GPU's"
+        left.extend(units.flatten().tolist())
+        return units, extra
 
     monkeypatch.setattr(SharedFetch, "left", look)
-    found = followed(model, IDS, PROMPT)
+    found = followed(model, ids, PROMPT)
     errors = (found - right).norm(dim=-1) / right.norm(dim=-1)
-    assert errors.median() < 0.01 and model.decode_path() == {"eager": IDS.shape[1] - PROMPT}
+    assert errors.median() < 0.01 and model.decode_path() == {"eager": ids.shape[1] - PROMPT}
     stats = store.stats.since(before)
-    assert (stats.computed > 0) == (all_of_a_kind != "copied") and stats.computed <= stats.misses
-    assert (min(left) < 0.99) == (all_of_a_kind != "copied"), "what the CPU has done is taken from the GPU"
-    assert all(0 <= share < 1.001 for share in left)
+    assert 0 < stats.computed <= stats.misses
+    assert set(left) == {512, 768} and left.count(512) == stats.computed
     assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] > 0
     model.close()
 
 
-def test_a_batch_shares_the_experts_on_the_cpu(folder: Path, machine: dict[str, Any]) -> None:
-    ids = torch.tensor(tiny.prompts((30, 30, 30, 30), seed=12))
-    logits = []
-    for model in (placed(folder), placed(folder, 3, cpu_experts=True)):
-        for layer in model.layers:
-            layer.moe.packed.copy_s, layer.moe.packed.compute_s = 1.0, 0.0
-        logits.append(followed(model, ids, 20)[:, 20:])
-        assert not model.stores or model.stores[0].stats.computed > 0
-        model.close()
-    errors = (logits[1] - logits[0]).norm(dim=-1) / logits[0].norm(dim=-1)
-    assert errors.median() < 0.01
+def test_no_experts_on_a_cpu_that_is_too_slow(divided: Path, machine: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(division, "compute_seconds", lambda D, units, format: 60.0)
+        model = placed(divided, 3, cpu_experts=True)
+    assert all(layer.moe.packed.processor is None for layer in model.layers)
+    assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] == 0
+    model.close()
 
 
-def test_host_memory_for_experts_on_the_cpu(folder: Path, machine: dict[str, Any]) -> None:
+def test_host_memory_for_experts_on_the_cpu(divided: Path, machine: dict[str, Any]) -> None:
     """As many as there is room for beside the records, the hottest of each layer first."""
-    model = placed(folder, 3)
+    model = placed(divided, 3)
     placement, source = model.placement, model.checkpoint
     assert placement is not None
     model.close()
     waiting = sum(map(len, placement.pinned))
-    each = expert_nbytes(source, torch.float32)
+    each = expert_nbytes(source, 256, torch.float32)
+    assert 3 * each == expert_nbytes(source, 768, torch.float32)
     for room in (0, 1, 2, waiting, waiting + 5):
         there = Machine((Gpu("cpu", 10**10),), placement.host_bytes + room * each + each // 2)
-        keys = computable(source, placement, there, torch.float32)
+        keys = computable(source, placement, there, 256, torch.float32)
         assert len(keys) == len(set(keys)) == min(room, waiting)
         assert all(expert in placement.pinned[layer] for layer, expert in keys)
-    processor = Processor([(0, 1)], torch.float32)
+    processor = Processor([(0, 1)], 256, torch.float32)
     parts = [source.read(source.specs[f"model.layers.0.block_sparse_moe.experts.1.{name}.weight"]) for name in W]
     processor.put((0, 1), "gate_up", parts[:2])
     processor.put((0, 1), "down", parts[2:])
@@ -204,27 +218,9 @@ def test_host_memory_for_experts_on_the_cpu(folder: Path, machine: dict[str, Any
     assert processor.nbytes == each and 0 < processor.seconds() < 60
     x = torch.randn(3, parts[0].shape[1], generator=torch.Generator().manual_seed(0))
     gate, up, down = (decode(part).double() for part in parts)
-    right = (F.silu(x.double() @ gate.t()) * (x.double() @ up.t())) @ down.t()
+    hidden = F.silu(x.double() @ gate.t()) * (x.double() @ up.t())
+    right = hidden[:, 512:] @ down[:, 512:].t()
     assert float((processor((0, 1), x) - right).norm() / right.norm()) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("missing", "copy_s", "compute_s", "expected"),
-    [
-        (0, 1, 1, 0),
-        (1, 2, 1, 1),
-        (1, 1, 2, 0),
-        (1, 1, 1, 0),
-        (1, 1, 0.95, 0),
-        (1, 1, 0.85, 1),
-        (2, 1, 1, 1),
-        (3, 1, 0.4, 2),
-        (4, 1, INF, 0),
-        (5, INF, 1, 5),
-    ],
-)
-def test_sharing_out(missing: int, copy_s: float, compute_s: float, expected: int) -> None:
-    assert shared_out(missing, copy_s, compute_s) == expected
 
 
 def test_calibrated_checkpoints_keep_their_hottest_experts(folder: Path, machine: dict[str, Any]) -> None:

@@ -35,20 +35,20 @@ class ReferencePacked(StoredParts):
 
 
 def prepare(parts: list[QuantizedTensor], device: torch.device, dtype: torch.dtype) -> Packed:
-    """Lay out `parts` (equal K, whole blocks per row, rows in order) on `device` for activations of `dtype`."""
+    """Lay out `parts` (equal K, whole blocks per row, rows in order) on `device` for activations of `dtype`; they may
+    lie elsewhere."""
     assert len({(q.shape[1], q.levels) for q in parts}) == 1, "parts of different widths or levels"
     if parts[0].shape[1] % parts[0].block_size:
         raise CheckpointError(f"rows of {parts[0].shape[1]} weights are not whole blocks of {parts[0].block_size}")
-    parts = [q.to(device) for q in parts]
     if reference_forced():
-        return ReferencePacked(parts)
+        return ReferencePacked([q.to(device) for q in parts])
     if device.type == "cpu":
         from minibble.runtime.kernels.linear4 import cpu, cpu_int4
 
         return cpu.PackedLinear(parts, dtype) if parts[0].levels == "nf4" else cpu_int4.PackedLinear(parts, dtype)
     from minibble.runtime.kernels.linear4 import cuda
 
-    return cuda.prepare(parts, dtype)
+    return cuda.prepare([q.to(device) for q in parts], dtype)
 
 
 Weight = Tensor | Packed

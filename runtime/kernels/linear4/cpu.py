@@ -18,6 +18,8 @@ from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.compiled import available
 from minibble.runtime.kernels.linear4 import gemv
 
+_PACK_ROWS = 1024  # laid out at a time: on the way a code takes five bytes
+
 
 @cache
 def bitsandbytes() -> Any:
@@ -69,35 +71,44 @@ def path() -> str:
     return "torch" if bitsandbytes() is None else "decode"
 
 
+def _repacked(codes: Tensor, absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes [N, K/2] and absmax [N, blocks] as bitsandbytes' kernel reads them, on the device where they are."""
+    functional, made = bitsandbytes(), []
+    for some, scales in zip(codes.split(_PACK_ROWS), absmax.split(_PACK_ROWS), strict=True):
+        state = functional.QuantState(
+            absmax=scales.flatten(),
+            shape=torch.Size((len(some), 2 * some.shape[1])),
+            code=functional.get_4bit_type("nf4", device="cpu"),
+            blocksize=block_size,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+        )
+        packed, state = functional._convert_weight_packed_for_cpu(some.flatten(), state)
+        made.append((packed, state.absmax))
+    packed, scales = zip(*made, strict=True)
+    return torch.cat(packed), torch.cat(scales, dim=1)
+
+
 class PackedLinear:
-    """The rows of one or several NF4 matrices of one width, laid out for this CPU. Second-level scales are resolved."""
+    """The rows of one or several NF4 matrices of one width, laid out for this CPU. Second-level scales are resolved.
+
+    The matrices may lie on a GPU, and are then laid out there as far as that is work.
+    """
 
     def __init__(self, parts: list[QuantizedTensor], dtype: torch.dtype):
         first = parts[0]
         self.shape = (sum(q.shape[0] for q in parts), first.shape[1])
         self.block_size = first.block_size
-        self.codes = torch.cat([q.codes for q in parts])
-        self.absmax = torch.cat([decode_absmax(q) for q in parts])
-        self.repacked = False
+        codes = torch.cat([q.codes for q in parts])
+        absmax = torch.cat([decode_absmax(q) for q in parts])
         N, K = self.shape
+        self.repacked = fuses(N, K, dtype)
+        if self.repacked:
+            codes, absmax = _repacked(codes.view(N, -1), absmax.view(N, -1), self.block_size)
+        self.codes, self.absmax = codes.cpu(), absmax.cpu()
         self.arrays: gemv.Arrays | None = None
-        if fuses(N, K, dtype):
-            self._repack()
-        elif available() and gemv.suits(N, K, self.block_size):
+        if not self.repacked and available() and gemv.suits(N, K, self.block_size):
             self.arrays = gemv.arrays(self.codes, self.absmax, first.levels)
-
-    def _repack(self) -> None:
-        functional = bitsandbytes()
-        state = functional.QuantState(
-            absmax=self.absmax,
-            shape=torch.Size(self.shape),
-            code=functional.get_4bit_type("nf4", device="cpu"),
-            blocksize=self.block_size,
-            quant_type="nf4",
-            dtype=torch.bfloat16,
-        )
-        self.codes, state = functional._convert_weight_packed_for_cpu(self.codes, state)
-        self.absmax, self.repacked = state.absmax, True
 
     @property
     def nbytes(self) -> int:

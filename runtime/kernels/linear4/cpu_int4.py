@@ -40,6 +40,7 @@ class PackedLinear:
 
     def __init__(self, parts: list[QuantizedTensor], dtype: torch.dtype):
         first = parts[0]
+        parts = [q.to("cpu") for q in parts]  # torch lays out there
         N, K = self.shape = (sum(q.shape[0] for q in parts), first.shape[1])
         self.group_size = first.block_size
         self.codes = torch.cat([q.codes for q in parts])

@@ -13,10 +13,12 @@ from torch import Tensor
 from minibble.runtime.kernels.overlap import launch_options, wait
 from minibble.runtime.kernels.tiles import HALF_SCALE
 
-# Float32's exponents. A row's largest number gets 2^14; numbers that are smaller by 2^28 lose bits, by 2^39 are 0.
-_LARGEST = tl.constexpr(127 + 14)
+# Float32's exponents, 127 more than those of 2. A row's largest number gets 2^14; numbers that are smaller by 2^28 lose
+# bits, by 2^39 are 0.
+_LARGEST = 127 + 14
 _LEAST = tl.constexpr(32)  # of a row's largest number: from 2^-95 on
-_WEIGHTS = tl.constexpr(int(log2(HALF_SCALE)))
+_UP = tl.constexpr(127 + _LARGEST)
+_DOWN = tl.constexpr(_LARGEST - 127 + int(log2(HALF_SCALE)))
 
 
 @triton.jit
@@ -32,8 +34,8 @@ def _half_kernel(
     x = tl.load(p_x + row * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), axis=0)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, _LEAST)
-    up = ((127 + _LARGEST - exponent) << 23).to(tl.float32, bitcast=True)
-    down = ((127 - _LARGEST - _WEIGHTS + exponent) << 23).to(tl.float32, bitcast=True)
+    up = ((-exponent + _UP) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - _DOWN) << 23).to(tl.float32, bitcast=True)
     if WEIGHTED:
         down *= tl.load(p_weights + i)
     tl.store(p_out + i * K + o_k, (x * up).to(tl.float16), mask=m_k)
@@ -44,11 +46,11 @@ def half_rows(x_MK: Tensor, rows: Tensor | None = None, weights: Tensor | None =
     """float16 [P, K] and float32 [P]: the rows `rows` of x (int64 [P], all by default), each times a power of two, and
     what undoes that in products with weights that are HALF_SCALE times too large, times `weights`, float32 [P].
 
-    x is bfloat16 [M, K]. A row with infinity or NaN keeps it.
+    x is bfloat16 [M, K]; all rows are made in its place. A row with infinity or NaN keeps it.
     """
     assert x_MK.is_contiguous() and all(v is None or v.is_contiguous() for v in (rows, weights))
     P, K = len(x_MK) if rows is None else len(rows), x_MK.shape[1]
-    out = torch.empty(P, K, dtype=torch.float16, device=x_MK.device)
+    out = x_MK.view(torch.float16) if rows is None else torch.empty(P, K, dtype=torch.float16, device=x_MK.device)
     factors = torch.empty(P, dtype=torch.float32, device=x_MK.device)
     if P == 0:
         return out, factors

@@ -16,7 +16,7 @@
 //
 // Macros: NF4 (else int4), NESTED (double quantization), SCALE_COLUMNS (columns that share a scale), TOKENS, GROUPED
 // (experts; rows of x sorted by expert), SILU (rows of W alternate by 16 between gate and up; the output is silu(gate) *
-// up), SCATTERED (row i of x makes row pairs[i] of the output), SCALED (what row i of x makes is multiplied by factors[i],
+// up), SCATTERED (row i of x makes row rows[i] of the output), SCALED (what row i of x makes is multiplied by factors[i],
 // before SILU), HALF (x is float16, and weights are multiplied as such; else bfloat16), OUT_FLOAT (float32 output, else
 // bfloat16).
 

@@ -52,7 +52,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("out", "matrices", "matrix_start", "meta_start", "nested_start")),
-        *((name, ctypes.c_uint64) for name in ("offsets", "pairs", "factors", "table", "dynamic_map")),
+        *((name, ctypes.c_uint64) for name in ("offsets", "rows", "factors", "table", "dynamic_map")),
         *((name, ctypes.c_uint64) for name in ("partials", "flags")),
         ("inverse", ctypes.c_float),
         *(
@@ -108,13 +108,13 @@ def experts(
     gate_up: TileLayout,
     down: TileLayout,
     down_start: int,
-    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The routed experts of x, bfloat16 [M, D]: the sum over a token's experts of weight * down(silu(gate x) * up x).
+    """The routed experts of x, bfloat16 [M, D]: of each token's experts weight * down(silu(gate x) * up x), bfloat16
+    [A, M, D].
 
     `records_E`, int64, are the addresses of the experts' records: gate and up, interleaved, then `down_start` bytes on
-    down. `ids_MA` are integers, `weights_MA` float32. The sum is made in float32. Products are of float16, so that of
-    two in a row the error stays under 3e-3; weights must be smaller than 1,000.
+    down. `ids_MA` are integers, `weights_MA` float32. Products are of float16, so that the error of two in a row stays
+    under 3e-3; weights must be smaller than 1,000.
     """
     from minibble.runtime.kernels.linear4.halves import half_rows
 
@@ -123,12 +123,12 @@ def experts(
     assert gate_up.interleaved and x_MD.shape == (M, gate_up.K) and down.K == F and weights_MA.dtype == torch.float32
     assert len(records_E) <= MAX_EXPERTS
     if not M:
-        return torch.empty(M, D, dtype=out_dtype, device=x_MD.device)
+        return torch.empty(A, M, D, dtype=torch.bfloat16, device=x_MD.device)
     pairs, offsets = sort_pairs(ids_MA, len(records_E))
     h_PF = grouped(*half_rows(x_MD, pairs // A), records_E, gate_up, offsets, silu=True)
     h_PF, factors = half_rows(h_PF, weights=weights_MA.reshape(-1)[pairs])
-    y_PD = grouped(h_PF, factors, records_E, down, offsets, start=down_start, pairs=pairs)
-    return y_PD.view(M, A, D).sum(1, dtype=out_dtype)
+    rows = pairs % A * M + pairs // A
+    return grouped(h_PF, factors, records_E, down, offsets, start=down_start, rows=rows).view(A, M, D)
 
 
 def sort_pairs(ids_MA: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -146,14 +146,14 @@ def grouped(
     offsets: Tensor,
     start: int = 0,
     silu: bool = False,
-    pairs: Tensor | None = None,
+    rows: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     tokens: int | None = None,
 ) -> Tensor:
     """Each expert's matrix, `start` bytes after its address, times its rows of x: offsets[e] .. offsets[e + 1].
 
     `x_PK`, float16, and `factors`, float32 [P], are as `half_rows` makes them. Returns [P, N]; with `silu` [P, N / 2],
-    silu(gate) * up of interleaved rows. With `pairs` row i of x makes row pairs[i] of the result.
+    silu(gate) * up of interleaved rows. With `rows`, int64 [P], row i of x makes row rows[i] of the result.
     """
     assert x_PK.dtype == torch.float16 and factors.dtype == torch.float32
     P = len(x_PK)
@@ -162,7 +162,7 @@ def grouped(
     tokens = tokens or tile_tokens(-(-P // len(records_E)))
     _launch(
         _kernel(
-            layout, tokens, out_dtype == torch.float32, scaled=True, grouped=True, silu=silu, scattered=pairs is not None
+            layout, tokens, out_dtype == torch.float32, scaled=True, grouped=True, silu=silu, scattered=rows is not None
         ),
         _aligned(x_PK),
         out,
@@ -172,7 +172,7 @@ def grouped(
         matrix_start=start,
         offsets=offsets.data_ptr(),
         experts=len(records_E),
-        pairs=0 if pairs is None else pairs.data_ptr(),
+        rows=0 if rows is None else rows.data_ptr(),
         factors=factors.data_ptr(),
     )
     return out

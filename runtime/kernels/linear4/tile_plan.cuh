@@ -7,7 +7,7 @@ struct Problem {
     u64 meta_start;            // of first blocks and offsets, in the matrix
     u64 nested_start;          // of second-level scales
     const int* offsets;        // [E + 1] first token of each expert, if GROUPED
-    const long long* pairs;    // [rows of x], if SCATTERED
+    const long long* rows;     // [rows of x], if SCATTERED
     const float* factors;      // [rows of x], if SCALED
     const u32* table;          // [256] byte -> two levels
     const float* dynamic_map;  // [256]
@@ -62,7 +62,7 @@ struct Place {
     __device__ __forceinline__ bool narrow() const { return WIDE && tokens - token <= 128; }
 };
 
-__device__ __forceinline__ int row_tiles(const Problem& p) { return (p.tiles + 7) / 8; }
+__device__ __forceinline__ int row_tiles(const Problem& p) { return (p.tiles + CLUSTER_TILES - 1) / CLUSTER_TILES; }
 
 __device__ __forceinline__ Place place_of(const Problem& p, const int* starts, int tile) {
     int expert = 0, first = 0, end = p.tokens;
@@ -79,7 +79,7 @@ __device__ __forceinline__ Place place_of(const Problem& p, const int* starts, i
     int band = tile / (p.band * rows);
     int width = min(p.band, token_tiles - band * p.band), in_band = tile - band * p.band * rows;
     Place place;
-    place.first_tile = in_band / width * 8 + blockIdx.x % CLUSTER * TILES;
+    place.first_tile = in_band / width * CLUSTER_TILES + blockIdx.x % CLUSTER * TILES;
     place.tiles = max(min(TILES, p.tiles - place.first_tile), 0);
     place.token = first + (band * p.band + in_band % width) * TOKENS;
     place.tokens = end;

@@ -4,9 +4,13 @@ constexpr bool WIDE = TOKENS == 256;
 constexpr int CLUSTER = WIDE ? 2 : 1;  // blocks that make a tile of 256 rows together
 // Few tokens leave registers for four warpgroups, which hide each other's waits; 256 need a warp to have 16 rows only.
 constexpr int CONSUMERS = TOKENS <= 32 ? 16 : 8;             // warps
-constexpr int PARTS = TOKENS == 64 || TOKENS == 128 ? 2 : 1;  // of 16 rows, of a warp
+#ifndef TWO_PARTS
+#define TWO_PARTS (TOKENS == 64 || TOKENS == 128)
+#endif
+constexpr int PARTS = TWO_PARTS ? 2 : 1;  // of 16 rows, of a warp
 constexpr int ROWS = 16 * PARTS * CONSUMERS;      // of a block
 constexpr int TILES = ROWS / 32;
+constexpr int CLUSTER_TILES = TILES * CLUSTER;
 constexpr int THREADS = 128 + 32 * CONSUMERS;
 constexpr int REGISTERS = WIDE ? 224 : TOKENS <= 32 ? 96 : 208;  // of a thread that multiplies
 constexpr int COPY_REGISTERS = TOKENS <= 32 ? 480 - 4 * REGISTERS : 504 - 2 * REGISTERS;  // of the others

@@ -46,7 +46,7 @@ __device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thre
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-__device__ __forceinline__ u64 output_row(const Problem& p, int token) { return SCATTERED ? p.pairs[token] : token; }
+__device__ __forceinline__ u64 output_row(const Problem& p, int token) { return SCATTERED ? p.rows[token] : token; }
 
 // Eight neighbouring outputs of a token.
 __device__ __forceinline__ void store_eight(const Problem& p, uint4 v, int token, int n) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_32_rows(const Problem& p, const float* a, 
     }
 }
 
-#if SILU && TOKENS != 64 && TOKENS != 128
+#if SILU && !TWO_PARTS
 // A warp holds gate, its neighbour up of the same rows: they swap 16 tokens of each 32, and each makes half of the
 // output. Of 16 tokens the first makes all.
 __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {

@@ -15,7 +15,7 @@ from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.nvrtc import KernelError
-from minibble.runtime.kernels.tiles import TileLayout, pack, usable
+from minibble.runtime.kernels.tiles import Rectangle, TileLayout, pack, usable
 
 if TYPE_CHECKING:
     from minibble.runtime.pipeline import ExpertPause
@@ -57,19 +57,20 @@ class RecordTable:
         pack([q.to(record.device) for q in parts], layout, place)
 
     def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, [M, D] in the dtype of x."""
+        """Parts whose sum is the weighted one of each token's experts, [S, M, D], float32 or bfloat16."""
         x = x_MD.to(torch.bfloat16).contiguous()
         if len(x) <= FEW:
-            return self.decode(x, ids_MA.int(), weights_MA).sum(0).to(x_MD.dtype)
+            return self.decode(x, ids_MA.int(), weights_MA)
         if tile.available(x.device):
             start = self.gate_up.nbytes
-            return tile.experts(x, ids_MA, weights_MA, self.addresses, self.gate_up, self.down, start, x_MD.dtype)
-        return self._one_by_one(x, ids_MA, weights_MA).to(x_MD.dtype)
+            return tile.experts(x, ids_MA, weights_MA, self.addresses, self.gate_up, self.down, start)
+        return self._one_by_one(x, ids_MA, weights_MA)[None]
 
-    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
         """Parts whose sum is that of each token's experts, float32 [A * S, M, D], of up to FEW tokens.
 
-        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Nothing waits for the device.
+        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Of each pair's hidden units only the first `units_MA`
+        count, int32, all by default. Nothing waits for the device.
         """
         (M, A), device, E = ids_MA.shape, y_MD.device, len(self.addresses)
         if not M:
@@ -79,13 +80,18 @@ class RecordTable:
         if not most:
             raise KernelError(f"{device}: too little shared memory for one token through these experts")
         if most < M:  # cards with less shared memory than Hopper's take them in turns
-            each = zip(y_MD.split(most), ids_MA.split(most), weights_MA.split(most), strict=True)
+            given = (y_MD, ids_MA, weights_MA) if units_MA is None else (y_MD, ids_MA, weights_MA, units_MA)
+            each = zip(*(tensor.split(most) for tensor in given), strict=True)
             return torch.cat([self.decode(*some).sum(0, keepdim=True) for some in each], dim=1)
         h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
         # Made contiguous before the first launch: the second one reads the ids while that is still under way.
         ids_MA, weights_MA = ids_MA.contiguous(), weights_MA.contiguous()
         gate_up = skinny.Operand(self.gate_up, table=self.addresses)
         skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA)
+        if units_MA is not None:
+            from minibble.runtime.kernels.moe4.units import clear_after
+
+            clear_after(h, units_MA.reshape(-1))
         splits = skinny.splits_for(self.down, M, device, A, E)
         parts = torch.empty(A * splits, M, self.down.N, device=device)
         down = skinny.Operand(self.down, table=self.addresses, start=self.gate_up.nbytes)
@@ -106,6 +112,11 @@ class RecordTable:
             y = linear_decoded(h.flatten(1), record[self.gate_up.nbytes :], self.down, torch.float32)
             out.index_add_(0, tokens, y * weights_MA.reshape(-1)[chosen, None])
         return out
+
+
+def first_units(gate_up: TileLayout, down: TileLayout, units: int) -> list[Rectangle]:
+    """What of a record makes an expert's first hidden `units`, a multiple of COLUMNS; the rest must be numbers."""
+    return [*gate_up.first_rows(2 * units), *(piece.moved(gate_up.nbytes) for piece in down.first_columns(units))]
 
 
 class ExpertTable(RecordTable):
