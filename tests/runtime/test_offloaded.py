@@ -235,7 +235,9 @@ def test_experts_that_the_cpu_computes(
     """A third of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for
     rounding."""
     monkeypatch.setattr(unfilled, "computed_units", lambda *given: 256)
-    config = tiny.original_json(hidden_size=256, intermediate_size=768, vocab_size=2000)
+    config = tiny.original_json(
+        hidden_size=256, intermediate_size=768, vocab_size=2000, num_hidden_layers=3, attn_type_list=[0, 0, 1]
+    )
     source, quantized = make_source(tmp_path / "m", config=config), tmp_path / "q"
     if method == "nf4":
         quantize_checkpoint(source, quantized)

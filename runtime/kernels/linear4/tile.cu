@@ -1,10 +1,10 @@
 // y = x W^T for many tokens, from the 4-bit layout of tiles.py, on Hopper.
 //
-// A block makes tiles of 256 rows of W by TOKENS tokens. One warp copies: 64 columns of x (the copy engine, swizzled) and
-// of codes make a stage. Three warps decode scales, a chunk of 256 columns each in turn. Two warpgroups multiply: a warp
-// decodes the codes of its rows of W into registers, in the order of wgmma's A operand, for the tensor cores to multiply
-// with the tokens in shared memory. It owns 32 rows of up to 128 tokens, or 16 rows of 256 tokens: decoding competes with
-// the tensor cores for registers' ports, so the more tokens share it the better. Then two blocks make a cluster, 128 rows
+// A block makes tiles of some rows of W by TOKENS tokens. One warp copies: 64 columns of x (the copy engine, swizzled) and
+// of codes make a stage. Three warps decode scales, a chunk of 256 columns each in turn. Two to four warpgroups multiply:
+// a warp decodes the codes of its 16 rows of W into registers, in the order of wgmma's A operand, for the tensor cores to
+// multiply with the tokens in shared memory, while those before them are multiplied. Decoding competes with the tensor
+// cores for registers' ports, so the more tokens share it the better. With 256 of them two blocks make a cluster, 128 rows
 // each, and each copies half of the tokens to both.
 //
 // Work that does not make whole waves of tiles is cut by columns into equal ranges, one for each block (stream-K: Osama
@@ -19,8 +19,6 @@
 // up), SCATTERED (row i of x makes row rows[i] of the output), SCALED (what row i of x makes is multiplied by factors[i],
 // before SILU), HALF (x is float16, and weights are multiplied as such; else bfloat16), OUT_FLOAT (float32 output, else
 // bfloat16).
-
-constexpr int BUFFERS = PARTS == 2 ? 1 : 2;  // of A operands, as far as registers go
 
 // What one warp copies of a part of a tile.
 struct Copies {
@@ -137,33 +135,27 @@ __device__ __forceinline__ u64 token_descriptor(u32 address) {
 }
 
 
-// Codes and scales of a lane for 64 columns of its rows g, g + 8 and, if there are two parts, g + 16, g + 24.
+// Codes and scales of a lane for 64 columns of its rows g and g + 8.
 struct Operands {
-    u32 words[PARTS][4], scales[SCALES][2 * PARTS];
+    u32 words[4], scales[SCALES][2];
 
     __device__ __forceinline__ void load(u32 codes_at, u32 scales_at) {
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            uint4 v = load_shared4(codes_at + 512 * part);
-            words[part][0] = v.x, words[part][1] = v.y, words[part][2] = v.z, words[part][3] = v.w;
-        }
+        uint4 v = load_shared4(codes_at);
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 #pragma unroll
         for (int i = 0; i < SCALES; i++)
-            for (int r = 0; r < 2 * PARTS; r++) scales[i][r] = load_shared(scales_at + (8 * r * SCALE_BLOCKS + i) * 4);
+            for (int r = 0; r < 2; r++) scales[i][r] = load_shared(scales_at + (8 * r * SCALE_BLOCKS + i) * 4);
     }
 };
 
-typedef u32 Registers[4][PARTS][4];  // A operands of 64 columns
+typedef u32 Registers[4][4];  // A operands of 64 columns
 
 __device__ __forceinline__ void decode_all(Registers& a, const Operands& in, u32 table) {
-    Scale scales[2 * PARTS];
+    Scale upper, lower;
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-        if (s * SCALES % 4 == 0)
-            for (int r = 0; r < 2 * PARTS; r++) scales[r].set(in.scales[s * SCALES / 4][r]);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-            decode(a[s][part], in.words[part][s], table, scales[2 * part], scales[2 * part + 1]);
+        if (s * SCALES % 4 == 0) upper.set(in.scales[s * SCALES / 4][0]), lower.set(in.scales[s * SCALES / 4][1]);
+        decode(a[s], in.words[s], table, upper, lower);
     }
 }
 
@@ -172,9 +164,7 @@ template <int N>
 __device__ __forceinline__ void start(Sums& sums, const Registers& a, u64 tokens, bool add) {
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; s++)
-        for (int part = 0; part < PARTS; part++)
-            Wgmma<N>::multiply(sums.part[part], a[s][part], tokens + 2 * s, add || s);
+    for (int s = 0; s < 4; s++) Wgmma<N>::multiply(sums.of, a[s], tokens + 2 * s, add || s);
     wgmma_commit();
 }
 
@@ -183,7 +173,7 @@ template <int PENDING>
 __device__ __forceinline__ void finish(Registers& a) {
     wgmma_wait<PENDING>();
 #pragma unroll
-    for (int i = 0; i < 16 * PARTS; i++) keep(a[i / (4 * PARTS)][i / 4 % PARTS][i % 4]);
+    for (int i = 0; i < 16; i++) keep(a[i / 4][i % 4]);
 }
 
 // One warp's way through the stages of a part of a tile.
@@ -197,8 +187,8 @@ struct Multiplier {
     __device__ Multiplier(u32 base, int thread) : base(base), lane(thread & 31) {
         int warp = thread / 32;
         table = base + TABLE_AT + 4 * lane;
-        scales_at = base + SCALES_AT + (16 * PARTS * warp + lane / 4) * SCALE_BLOCKS * 4;
-        codes_at = base + STAGES_AT + X_NBYTES + warp * 512 * PARTS + lane * 16;
+        scales_at = base + SCALES_AT + (16 * warp + lane / 4) * SCALE_BLOCKS * 4;
+        codes_at = base + STAGES_AT + X_NBYTES + warp * 512 + lane * 16;
         keep(table), keep(scales_at), keep(codes_at);  // in registers, not computed anew
     }
 
@@ -221,10 +211,6 @@ struct Multiplier {
     // Start the products of a stage from `a`, while those from `other` may still be under way.
     template <int N>
     __device__ __forceinline__ void step(Sums& sums, Registers& a, Registers& other, int kb, const Walk& walk) {
-        if (BUFFERS == 1 && kb != walk.begin) {
-            finish<0>(a);
-            release();
-        }
         decode_all(a, in, table);
         u32 now = ring.index;
         bool last = kb + 1 == walk.end, chunk_ends = kb % 4 == 3;
@@ -236,26 +222,23 @@ struct Multiplier {
         ring.step<STAGES>();
         if (!last) take(kb + 1, chunk_ends);
         start<N>(sums, a, token_descriptor(base + STAGES_AT + now * STAGE_NBYTES), kb != walk.begin);
-        if (BUFFERS == 2) {
-            finish<1>(other);
-            if (kb != walk.begin) release();
-        }
+        finish<1>(other);
+        if (kb != walk.begin) release();
         before = now;
     }
 
     template <int N>
     __device__ __forceinline__ void run(Sums& sums, const Walk& walk) {
-        Registers a[BUFFERS];
+        Registers a, b;
         take(walk.begin, true);
         for (int kb = walk.begin;;) {
-            step<N>(sums, a[0], a[BUFFERS - 1], kb, walk);
+            step<N>(sums, a, b, kb, walk);
             if (++kb == walk.end) break;
-            if (BUFFERS == 1) continue;
-            step<N>(sums, a[BUFFERS - 1], a[0], kb, walk);
+            step<N>(sums, b, a, kb, walk);
             if (++kb == walk.end) break;
         }
-        finish<0>(a[0]);
-        if (BUFFERS == 2) finish<0>(a[BUFFERS - 1]);
+        finish<0>(a);
+        finish<0>(b);
         sums.fence();
         release();
     }
@@ -283,10 +266,10 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
             continue;
         }
         if (walk.begin > 0) take_over(p, sums, thread, walk);
-        int tile = place.first_tile + warp * PARTS / 2;
+        int tile = place.first_tile + warp / 2;
         if (tile >= p.tiles) continue;
         if (SCALED) apply_factors(p, sums, place);
-        int row = SILU ? 16 * tile : 32 * tile + (PARTS == 1 ? 16 * (warp & 1) : 0);  // of the output
+        int row = SILU ? 16 * tile : 32 * tile + 16 * (warp & 1);  // of the output
 #if OUT_FLOAT
         store_float(p, sums, place, row);
 #else

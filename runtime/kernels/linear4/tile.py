@@ -34,11 +34,13 @@ _SOURCES = tuple(
     )
 )
 _FLAGS = ("NF4", "NESTED", "GROUPED", "SILU", "SCATTERED", "SCALED", "HALF", "OUT_FLOAT")  # macros, see tile.cu
-_BLOCK_ROWS, _SHARED_NBYTES = 256, 232448
+_SHARED_NBYTES = 232448
 # Of a tile; one of 256 is made by two blocks together. 1024 tokens, 6144 -> 9216 on an H100: 167 us in tiles of 256,
 # 192 in tiles of 128.
 TOKENS = (16, 32, 64, 128, 256)
 _WIDE = 256
+_ROWS = {16: 256, 32: 256, 64: 192, 128: 128, 256: 256}  # of W in such a tile
+_PARTIALS = 256 * 128  # sums of a block's share of a tile, at most
 MAX_EXPERTS = 256
 _BAND = 2048  # tokens that share a pass over the weights: 25 MB of x at K = 6144, half of the L2 cache
 
@@ -86,7 +88,7 @@ def linear(
     if not M:
         return out
     tokens = tokens or tile_tokens(M)
-    units = -(-M // tokens) * _row_tiles(layout) * layout.chunks * 4
+    units = -(-M // tokens) * -(-layout.tiles * ROWS // _ROWS[tokens]) * layout.chunks * 4
     _launch(
         _kernel(layout, tokens, out_dtype == torch.float32, scaled=factors is not None),
         _aligned(x_MK),
@@ -183,10 +185,6 @@ def tile_tokens(M: int) -> int:
     return next((tokens for tokens in TOKENS if tokens >= M), TOKENS[-1])
 
 
-def _row_tiles(layout: TileLayout) -> int:
-    return -(-layout.tiles * ROWS // _BLOCK_ROWS)
-
-
 def _launch(
     kernel: nvrtc.Kernel,
     x: Tensor,
@@ -279,7 +277,7 @@ def _tensor_map(address: int, rows: int, columns: int, box: int) -> _TensorMap:
 
 def _threads(tokens: int) -> int:
     """Of a block: THREADS of tile_shape.cuh."""
-    return 640 if tokens <= 32 else 384
+    return 640 if tokens <= 32 else 512 if tokens == 64 else 384
 
 
 @cache
@@ -297,5 +295,5 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _new_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     blocks = multiprocessors(device)
-    partials = torch.empty(blocks * _BLOCK_ROWS * 128, dtype=torch.float32, device=device)
+    partials = torch.empty(blocks * _PARTIALS, dtype=torch.float32, device=device)
     return partials, torch.zeros(4 * blocks, dtype=torch.int32, device=device)

@@ -2,18 +2,14 @@
 
 constexpr bool WIDE = TOKENS == 256;
 constexpr int CLUSTER = WIDE ? 2 : 1;  // blocks that make a tile of 256 rows together
-// Few tokens leave registers for four warpgroups, which hide each other's waits; 256 need a warp to have 16 rows only.
-constexpr int CONSUMERS = TOKENS <= 32 ? 16 : 8;             // warps
-#ifndef TWO_PARTS
-#define TWO_PARTS (TOKENS == 64 || TOKENS == 128)
-#endif
-constexpr int PARTS = TWO_PARTS ? 2 : 1;  // of 16 rows, of a warp
-constexpr int ROWS = 16 * PARTS * CONSUMERS;      // of a block
+// A warp that multiplies has 16 rows: few tokens leave registers for four warpgroups, which hide each other's waits.
+constexpr int CONSUMERS = TOKENS <= 32 ? 16 : TOKENS == 64 ? 12 : 8;  // such warps
+constexpr int ROWS = 16 * CONSUMERS;                                  // of a block
 constexpr int TILES = ROWS / 32;
 constexpr int CLUSTER_TILES = TILES * CLUSTER;
 constexpr int THREADS = 128 + 32 * CONSUMERS;
-constexpr int REGISTERS = WIDE ? 224 : TOKENS <= 32 ? 96 : 208;  // of a thread that multiplies
-constexpr int COPY_REGISTERS = TOKENS <= 32 ? 480 - 4 * REGISTERS : 504 - 2 * REGISTERS;  // of the others
+constexpr int REGISTERS = WIDE ? 224 : CONSUMERS == 16 ? 96 : CONSUMERS == 12 ? 144 : 208;  // of a thread that multiplies
+constexpr int COPY_REGISTERS = CONSUMERS == 16 ? 480 - 4 * REGISTERS : 504 - CONSUMERS / 4 * REGISTERS;  // of the others
 constexpr int SCALE_WARPS = 3;
 constexpr int CODES_NBYTES = 4096;                  // of a chunk of 32 rows x 256 columns
 constexpr int SCALE_BLOCKS = 256 / SCALE_COLUMNS;   // in a row of a chunk
@@ -29,10 +25,8 @@ constexpr int TABLE_NBYTES = NF4 ? 32768 : 0;
 constexpr int STARTS_AT = 512;
 constexpr int MAP_AT = STARTS_AT + (GROUPED ? 4 * MAX_EXPERTS + 512 : 0);
 constexpr int SCALES_AT = MAP_AT + (NESTED ? 1024 : 0);
-constexpr bool SWAPPED = SILU && PARTS == 1;              // gate and up are two warps'
-constexpr bool TURNED_16 = SILU || PARTS == 1;            // the output is turned 16 rows at a time, not 32
-constexpr int STAGING_PITCH = TURNED_16 ? 48 : 80;        // bytes of a token, and a step that spreads tokens over all banks
-constexpr int STAGING_NBYTES = SWAPPED ? 1024 : 16 * STAGING_PITCH;  // of a warp: 16 tokens
+constexpr int STAGING_PITCH = 48;  // bytes of a token, and a step that spreads tokens over all banks
+constexpr int STAGING_NBYTES = SILU ? 1024 : 16 * STAGING_PITCH;  // of a warp: 16 tokens, or what its neighbour gets
 constexpr int STAGING_AT = SCALES_AT + SCALE_SLOTS * SCALE_SLOT_NBYTES;
 constexpr int SMALL_END = STAGING_AT + (OUT_FLOAT ? 0 : CONSUMERS * STAGING_NBYTES);
 constexpr int TABLE_AT = TABLE_NBYTES - SHARED_START;

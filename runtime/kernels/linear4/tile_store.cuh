@@ -1,15 +1,15 @@
 // What happens to the sums of a tile: handed to another block, taken from others, written to the output.
 
 struct Sums {
-    float part[PARTS][TOKENS / 2];  // [16 rows][tokens]
+    float of[TOKENS / 2];  // a lane's of [16 rows][tokens]
 
     __device__ __forceinline__ void fence() {
 #pragma unroll
-        for (int i = 0; i < PARTS * TOKENS / 2; i++) keep(part[i / (TOKENS / 2)][i % (TOKENS / 2)]);
+        for (int i = 0; i < TOKENS / 2; i++) keep(of[i]);
     }
 };
 
-// Sums of another block's share of the tile, float4 [PARTS * TOKENS / 8][multiplying threads].
+// Sums of another block's share of the tile, float4 [TOKENS / 8][multiplying threads].
 __device__ __forceinline__ float4* partial_of(const Problem& p, int block, int thread) {
     return (float4*)(p.partials + (u64)block * ROWS * TOKENS) + thread;
 }
@@ -17,8 +17,8 @@ __device__ __forceinline__ float4* partial_of(const Problem& p, int block, int t
 __device__ __forceinline__ void hand_over(const Problem& p, const Sums& sums, int thread) {
     float4* to = partial_of(p, blockIdx.x, thread);
 #pragma unroll
-    for (int i = 0; i < PARTS * TOKENS / 8; i++) {
-        const float* from = sums.part[i / (TOKENS / 8)] + 4 * (i % (TOKENS / 8));
+    for (int i = 0; i < TOKENS / 8; i++) {
+        const float* from = sums.of + 4 * i;
         __stcg(to + 32 * CONSUMERS * i, make_float4(from[0], from[1], from[2], from[3]));
     }
     named_barrier(1 + thread / 128, 128);
@@ -36,8 +36,8 @@ __device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thre
     for (int member = last; member >= first; member--) {
         const float4* from = partial_of(p, member * CLUSTER + rank, thread);
 #pragma unroll
-        for (int i = 0; i < PARTS * TOKENS / 8; i++) {
-            float* to = sums.part[i / (TOKENS / 8)] + 4 * (i % (TOKENS / 8));
+        for (int i = 0; i < TOKENS / 8; i++) {
+            float* to = sums.of + 4 * i;
             float4 v = __ldcg(from + 32 * CONSUMERS * i);
             to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
         }
@@ -68,11 +68,8 @@ __device__ __forceinline__ void apply_factors(const Problem& p, Sums& sums, cons
         int token = place.token + 8 * i + 2 * t;
         float even = token < place.tokens ? p.factors[token] : 0.0f;
         float odd = token + 1 < place.tokens ? p.factors[token + 1] : 0.0f;
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            float* s = sums.part[part] + 4 * i;
-            s[0] *= even, s[1] *= odd, s[2] *= even, s[3] *= odd;
-        }
+        float* s = sums.of + 4 * i;
+        s[0] *= even, s[1] *= odd, s[2] *= even, s[3] *= odd;
     }
 }
 
@@ -82,10 +79,7 @@ __device__ __forceinline__ void store_float(const Problem& p, const Sums& sums, 
     for (int i = 0; i < TOKENS / 2; i++) {
         int token = place.token + 8 * (i / 4) + 2 * t + (i & 1), n = row + g + 8 * (i >> 1 & 1);
         if (token >= place.tokens) continue;
-        float* to = (float*)p.out + output_row(p, token) * p.N + n;
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-            if (n + 16 * part < p.N) to[16 * part] = sums.part[part][i];
+        if (n < p.N) ((float*)p.out)[output_row(p, token) * p.N + n] = sums.of[i];
     }
 }
 
@@ -101,26 +95,7 @@ __device__ __forceinline__ void store_16_rows(const Problem& p, const float (&s)
     if (mine < tokens) store_eight(p, values, mine, row + 8 * (lane & 1));
 }
 
-// The same of 32 rows.
-__device__ __forceinline__ void store_32_rows(const Problem& p, const float* a, const float* b, int token, int tokens,
-                                              int row, u32 staging) {
-    int lane = threadIdx.x & 31;
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 8; j += 4)
-        store_matrices_transposed(staging + (2 * j + (lane & 7)) * STAGING_PITCH + 16 * (lane >> 3),
-                                  pair_of(a[j], a[j + 1]), pair_of(a[j + 2], a[j + 3]), pair_of(b[j], b[j + 1]),
-                                  pair_of(b[j + 2], b[j + 3]));
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        int local = 8 * j + lane / 4;
-        uint4 values = load_shared4(staging + local * STAGING_PITCH + 16 * (lane & 3));
-        if (token + local < tokens) store_eight(p, values, token + local, row + 8 * (lane & 3));
-    }
-}
-
-#if SILU && !TWO_PARTS
+#if SILU
 // A warp holds gate, its neighbour up of the same rows: they swap 16 tokens of each 32, and each makes half of the
 // output. Of 16 tokens the first makes all.
 __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
@@ -132,7 +107,7 @@ __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, 
     for (int i = 0; i < (TOKENS + 31) / 32; i++) {
         int token = place.token + 32 * i;
         if (token >= place.tokens) continue;
-        const float* s = sums.part[0] + 16 * i;
+        const float* s = sums.of + 16 * i;
         float kept[8], given[8], made[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -160,16 +135,10 @@ __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, 
     for (int i = 0; i < TOKENS / 16; i++) {
         int token = place.token + 16 * i;
         if (token >= place.tokens) continue;
-        const float* a = sums.part[0] + 8 * i;
-        const float* b = sums.part[PARTS - 1] + 8 * i;
-        if (PARTS == 2 && !SILU) {
-            store_32_rows(p, a, b, token, place.tokens, row, staging);
-        } else {
-            float made[8];
+        float made[8];
 #pragma unroll
-            for (int j = 0; j < 8; j++) made[j] = SILU ? silu(a[j]) * b[j] : a[j];
-            store_16_rows(p, made, token, place.tokens, row, staging);
-        }
+        for (int j = 0; j < 8; j++) made[j] = sums.of[8 * i + j];
+        store_16_rows(p, made, token, place.tokens, row, staging);
     }
 }
 #endif
