@@ -65,7 +65,7 @@ def full_size() -> list[str]:
         "the plan expected; hosts of one kind differ by a tenth and more where experts come from host memory. "
         "transformers with bitsandbytes, expert by expert (H200): 6.2 tokens/s, prompts 2,813."
     )
-    head = ["GPUs", "allowed", "routing", "experts on GPU, host, disk", "hits", "tokens/s", "32 at once",
+    head = ["GPUs", "allowed", "routing", "experts on GPU, host, disk", "missed a token", "tokens/s", "32 at once",
             "prompt of 8,192, tokens/s", "GPU memory, GB"]  # fmt: skip
     rows = [_full_row(r, run) for r in results for run in r["runs"]]
     return [section("The whole model", text, head, rows)]
@@ -77,7 +77,7 @@ def _full_row(r: dict[str, Any], run: dict[str, Any]) -> list[str]:
     experts, phases = plan["experts"], [*by_batch.values(), *([run["prefill"]] if "prefill" in run else [])]
     used = max(sum(gpu["driver_bytes"] for gpu in phase["memory"]) for phase in phases)
     planned = max(sum(row["predicted_bytes"]) for row in by_batch.values())
-    hits, misses = (sum(store[name] for store in one["experts"]) for name in ("hits", "misses"))
+    missed = tables.missed(one)
     names = [gpu["gpu"].removeprefix("NVIDIA ").split()[0] for gpu in r["hardware"][: len(plan["devices"])]]
     allowed = sum(device["budget_bytes"] for device in plan["devices"])
     return [
@@ -85,7 +85,7 @@ def _full_row(r: dict[str, Any], run: dict[str, Any]) -> list[str]:
         f"{allowed / 1e9:.1f} GB",
         run["routing"],
         f"{experts['resident']:,}, {experts['pinned']:,}, {experts['disk']:,}",
-        f"{hits / (hits + misses):.1%}" if hits + misses else "",
+        f"{missed:.1f}" if missed else "",
         f"**{one['tokens_per_s']:.1f}** ({plan['expected_decode_tokens_per_s']:.1f})",
         "" if many is None else f"{many['tokens_per_s']:.0f}",
         f"{run['prefill']['tokens_per_s']:,.0f}" if "prefill" in run else "",

@@ -19,6 +19,7 @@ from minibble.quantize.config import ModelConfig
 from minibble.quantize.errors import BudgetError, ConfigError
 from minibble.runtime.bench import routing
 from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
+from minibble.runtime.bench.tables import WARM_STEPS
 from minibble.runtime.bench.whole import check_layers, check_offloaded
 from minibble.runtime.devices import gpu_bytes, this_machine
 from minibble.runtime.model import MiniMaxForCausalLM
@@ -28,7 +29,6 @@ from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.unfilled import Unfilled
 
 REPEATS = 3  # of a prefill
-WARM_STEPS = 8  # of decoding that are not timed: the first runs launch by launch, the second captures
 COUNTED = 1_000_000  # tokens of a calibration that would have found the shares of `routing.zipf_shares`
 
 Progress = Callable[[str], None]

@@ -62,7 +62,9 @@ class OffloadedTable(RecordTable):
         finally:
             self.store.used(self.layer)
 
-    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | SharedFetch":
+    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | SharedFetch | None":
+        if len(self.store.tiering.resident.get(self.layer, ())) == len(self.addresses):
+            return None
         if self.processor is not None:
             return SharedFetch(self, self.processor, y_MD, ids_MA, weights_MA)
         return Fetch(self, ids_MA)

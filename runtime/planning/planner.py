@@ -199,7 +199,7 @@ def _placed(
     context, batch, chunk = run
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
     seconds += HOP_S * (len(devices) - 1) + STEP_S
-    pauses = sum(len(d.layers) for d in devices if d.slots)
+    pauses = sum(len(ids) < planner.experts for d in devices for ids in d.resident)
     seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), pauses, record, machine)
     return Placement(
         devices=devices,

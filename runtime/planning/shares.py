@@ -6,11 +6,14 @@ Shares are whole numbers of 1/UNIT, so that sums of them do not depend on their 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 
 from minibble.quantize.errors import ConfigError
 
 UNIT = 1 << 40
+# Experts of a layer that are left out together where all are used alike and few are left out: the other layers then
+# need not ask the host which ones to bring. There are slots for so many anyway.
+TOGETHER = 4
 
 Expert = tuple[int, int]  # layer, expert
 
@@ -31,13 +34,27 @@ class Shares:
 
     def hottest(self, start: int, stop: int) -> list[Expert]:
         """The experts of the layers from `start` up to `stop`, the most used first; among equals layer after layer,
-        so that what is left out is spread evenly."""
+        so that what is left out is spread evenly, but for the last ones if all are equal."""
+        if self.even:
+            return sorted(product(range(start, stop), range(len(self.layers[0]))), key=self._even_place)
         ranked = []
         for layer in range(start, stop):
             row = self.layers[layer]
             order = sorted(range(len(row)), key=lambda expert: -row[expert])
             ranked += [(-row[expert], rank, layer, expert) for rank, expert in enumerate(order)]
         return [(layer, expert) for _, _, layer, expert in sorted(ranked)]
+
+    @property
+    def _together(self) -> int:
+        return min(TOGETHER, len(self.layers[0]) // 8)
+
+    def _even_place(self, expert: Expert) -> tuple[int, ...]:
+        """Where one stands among equals: the last few of every second layer are the last of all, layer by layer. While
+        a prompt is in one of these layers, nothing comes for the layer between, and experts of the next one can."""
+        layer, rank = expert
+        if layer % 2 and rank >= len(self.layers[0]) - self._together:
+            return (1, layer, rank)
+        return (0, rank, layer)
 
     def mass(self, start: int, stop: int, number: int) -> int:
         """The shares of the `number` hottest experts of the layers from `start` up to `stop`."""
@@ -52,7 +69,11 @@ class Shares:
         """The most experts of one of the layers that are not among the `number` hottest of all of them."""
         experts = len(self.layers[0])
         if self.even:
-            return experts - number // (stop - start)
+            alternate = stop // 2 - start // 2  # layers with an odd number
+            missing = (stop - start) * experts - number
+            if missing <= alternate * self._together:
+                return min(missing, self._together)
+            return max(self._together, experts - number // (stop - start))
         if (start, stop) not in self._missing:
             left, of_each = [experts] * (stop - start), [0] * experts + [stop - start]  # layers with so many left
             most = [most_left := experts]

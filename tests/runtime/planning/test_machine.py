@@ -1,5 +1,7 @@
 """GPUs from their sizes, and how much each expert is used."""
 
+from collections import Counter
+
 import pytest
 
 from minibble.quantize.errors import ConfigError
@@ -13,6 +15,19 @@ def test_layers_without_counts_are_even() -> None:
     shares = shares_of(2, 4, [[0, 0, 0, 0], [6, 2, 0, 0]])
     assert [[share / 2**40 for share in row] for row in shares.layers] == [[0.25] * 4, [0.75, 0.25, 0, 0]]
     assert shares.hottest(0, 2)[:4] == [(1, 0), (0, 0), (0, 1), (1, 1)]
+
+
+def test_few_of_equals_are_left_out_together() -> None:
+    """Four of every second layer, then evenly; and how many of a layer are left out is known without counting."""
+    for experts, layers in ((32, range(80)), (32, range(3, 10)), (5, range(2, 8)), (64, range(1, 2))):
+        shares = shares_of(80, experts)
+        order, number = shares.hottest(layers.start, layers.stop), experts * len(layers)
+        assert sorted(order) == [(layer, expert) for layer in layers for expert in range(experts)]
+        for resident in range(number + 1):
+            left = Counter(layer for layer, _ in order[resident:])
+            assert shares.most_missing(layers.start, layers.stop, resident) == max(left.values(), default=0)
+            if experts == 32 and number - resident <= 4 * (len(layers) // 2):
+                assert len(left) == -(-(number - resident) // 4) and all(layer % 2 for layer in left)
 
 
 @pytest.mark.parametrize(
