@@ -136,7 +136,7 @@ def memory_options(command: F) -> F:
         click.option(
             "--cpu-experts",
             is_flag=True,
-            help="Let the CPU compute some of the missing experts of decode steps while others are copied.",
+            help="Let the CPU compute a part of each missing expert of decode steps while the rest is copied.",
         ),
     )
     for option in reversed(options):

@@ -15,6 +15,7 @@ from minibble.quantize.errors import CheckpointError, ConfigError
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.devices import best_dtype, the_devices, this_machine
+from minibble.runtime.experts import division
 from minibble.runtime.layout import by_module
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import default_prefill_chunk, plan_memory
@@ -63,12 +64,13 @@ def load(
     folder = None if offload_folder is None else Path(offload_folder)
     if packs(checkpoint, devices, dtype):
         machine = this_machine(devices, host_memory, folder)
+        if cpu_experts:
+            machine = division.helped(machine, checkpoint, dtype, devices[0])
         placement = plan_placement(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,
         )  # fmt: skip
-        computing = machine if cpu_experts else None
-        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None, computing=computing)
+        model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None)
     else:
         _refuse({"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": folder,
                  "experts on the CPU": cpu_experts})  # fmt: skip

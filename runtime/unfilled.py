@@ -11,20 +11,17 @@ from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.nf4_math import zero_byte
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.devices import cap
-from minibble.runtime.experts.division import computed_units
 from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import OffloadedTable
-from minibble.runtime.experts.tiering import Key, Tiering
+from minibble.runtime.experts.tiering import Tiering
 from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.kernels.linear4.skinny import MAX_EXPERTS
 from minibble.runtime.kernels.moe4.table import ExpertTable, RecordTable, first_units, record_layouts
 from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import Source, default_prefill_chunk, held_dtype
-from minibble.runtime.planning.machine import Machine
 from minibble.runtime.planning.placement import DevicePlan, Placement
-from minibble.runtime.planning.processors import computable
 
 
 def packs(source: Source, devices: Sequence[torch.device], dtype: torch.dtype) -> bool:
@@ -46,8 +43,6 @@ class Unfilled:
         self.model = MiniMaxForCausalLM(source.config, dtype)
         self.model.prefill_chunk = default_prefill_chunk(self.devices[0])
         self.tables: dict[int, RecordTable] = {}
-        self.computed: list[Key] = []  # experts of which the CPU computes `computed_units` hidden units when they miss
-        self.computed_units = 0
 
     @classmethod
     def on(
@@ -73,10 +68,8 @@ class Unfilled:
         placement: Placement,
         folder: Path | None = None,
         capped: bool = False,
-        computing: Machine | None = None,
     ) -> "Unfilled":
-        """Layers and experts where `placement` says; `folder` is for experts that wait on disk. The CPU of the machine
-        `computing` computes a part of those that have to come, if it is given and where that helps.
+        """Layers and experts where `placement` says; `folder` is for experts that wait on disk.
 
         With `capped` torch cannot take more than the plan's budgets on its GPUs, whatever happens.
         """
@@ -86,8 +79,6 @@ class Unfilled:
         if placement.embedding_bytes:
             made.model.embedding.on = devices[0]
         try:
-            if computing is not None:
-                made._divide(placement, computing)
             for plan in placement.devices:
                 cap(torch.device(plan.device), plan.budget_bytes - plan.overhead_bytes if capped else None)
                 if plan.slots:
@@ -108,17 +99,6 @@ class Unfilled:
         if table is not None:
             self._hold(layer, table)
 
-    def _divide(self, placement: Placement, machine: Machine) -> None:
-        """Measure copy engine and CPU, and choose what the CPU computes."""
-        config, format = self.source.config, self.source.format
-        assert format is not None
-        short = [plan for plan in placement.devices if plan.slots]
-        if short:
-            sizes, device = (config.hidden_size, config.intermediate_size), torch.device(short[0].device)
-            self.computed_units = computed_units(*sizes, format, placement.record_bytes, device)
-        if self.computed_units:
-            self.computed = computable(self.source, placement, machine, self.computed_units)
-
     def _hold_some(self, plan: DevicePlan, placement: Placement, folder: Path | None) -> None:
         config, format, device = self.source.config, self.source.format, torch.device(plan.device)
         assert format is not None
@@ -130,9 +110,9 @@ class Unfilled:
             disk={layer: placement.disk[layer] for layer in plan.layers},
             spare=plan.slots,
         )
-        own = [key for key in self.computed if key[0] in plan.layers]
-        processor = Processor(own, self.computed_units) if own else None
-        pieces = first_units(*layouts, config.intermediate_size - self.computed_units) if own else ()
+        own, division = [key for key in placement.computed if key[0] in plan.layers], placement.division
+        processor = None if division is None or not own else Processor(own, division.units)
+        pieces = [] if processor is None else first_units(*layouts, config.intermediate_size - processor.units)
         store = ExpertStore(device, plan.record_bytes, tiers, folder, pieces=pieces)
         self.model.stores.append(store)
         before: OffloadedTable | None = None

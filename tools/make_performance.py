@@ -81,7 +81,7 @@ def _full_row(r: dict[str, Any], run: dict[str, Any]) -> list[str]:
     names = [gpu["gpu"].removeprefix("NVIDIA ").split()[0] for gpu in r["hardware"][: len(plan["devices"])]]
     allowed = sum(device["budget_bytes"] for device in plan["devices"])
     return [
-        f"{len(names)} × {names[0]}" + (f", {run['cpu_experts']} on the CPU, too" if run.get("cpu_experts") else ""),
+        f"{len(names)} × {names[0]}" + (f", {plan['cpu_experts']} divided" if plan.get("cpu_experts") else ""),
         f"{allowed / 1e9:.1f} GB",
         run["routing"],
         f"{experts['resident']:,}, {experts['pinned']:,}, {experts['disk']:,}",

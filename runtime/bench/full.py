@@ -22,6 +22,7 @@ from minibble.runtime.bench.layers import fill_randomly, random_state, real_conf
 from minibble.runtime.bench.tables import WARM_STEPS
 from minibble.runtime.bench.whole import check_layers, check_offloaded
 from minibble.runtime.devices import gpu_bytes, this_machine
+from minibble.runtime.experts import division
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.planning.placement import Placement
@@ -74,6 +75,8 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     lengths, counts = _routing(config, run.routing)
     longest = max(run.context + run.steps + WARM_STEPS, run.prompt)
     machine = this_machine(devices, run.host_memory, run.folder)
+    if run.cpu_experts:
+        machine = division.helped(machine, source, torch.bfloat16, devices[0])
     placement = plan_placement(
         source, machine, context=longest, gpu_memory=run.gpu_memory,
         counts=counts, prefill_chunk=run.prefill_chunk,
@@ -83,8 +86,7 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     for device in used:
         torch.cuda.reset_peak_memory_stats(device)
     started = perf_counter()
-    computing = machine if run.cpu_experts else None
-    unfilled = Unfilled.placed(source, placement, run.folder, run.gpu_memory is not None, computing)
+    unfilled = Unfilled.placed(source, placement, run.folder, run.gpu_memory is not None)
     try:
         model = fill_randomly(unfilled, logits_LE=lengths)
         by_noise = run.routing != "uniform" or bool(model.stores)
@@ -94,8 +96,6 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
         result: dict[str, Any] = {
             "plan": placement.to_json(),
             "routing": run.routing,
-            "cpu_experts": len(unfilled.computed),
-            "cpu_units": unfilled.computed_units,
             "routed_by": "noise" if by_noise else "hidden states",
             "load_s": perf_counter() - started,
             "loaded": [gpu_bytes(device) for device in used],

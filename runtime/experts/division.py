@@ -6,18 +6,35 @@ An expert is a sum over its hidden units, and those can be divided: the first on
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from minibble.quantize.formats import Format
+from minibble.runtime.devices import best_dtype
 from minibble.runtime.experts.host import HostRecords
 from minibble.runtime.experts.lanes import lane_for
 from minibble.runtime.experts.processor import Processor
 from minibble.runtime.kernels.tiles import COLUMNS
+from minibble.runtime.plan import Source
+from minibble.runtime.planning.device_bytes import model_bytes
+from minibble.runtime.planning.machine import Division, Machine
+from minibble.runtime.planning.processors import part_nbytes
 
 CPU = torch.device("cpu")
 LEAST_GAIN = 0.1  # of the time that a copy takes, for which the CPU is asked
 _TIMED = 3  # copies, of which the quickest counts, and different experts that the CPU is timed with
+
+
+def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.device) -> Machine:
+    """`machine` with its CPU computing parts of experts that miss on `device`, where that helps."""
+    config, format, record = source.config, source.format, model_bytes(source, dtype).record_bytes
+    assert format is not None
+    units = computed_units(config.hidden_size, config.intermediate_size, format, record, device)
+    if not units:
+        return machine
+    part = Division(units, units / config.intermediate_size, part_nbytes(source, units, best_dtype(CPU)))
+    return replace(machine, division=part)
 
 
 def computed_units(D: int, F: int, format: Format, record_nbytes: int, device: torch.device) -> int:

@@ -34,11 +34,21 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Division:
+    """The CPU computes the last `units` of a missing expert's hidden units, `share` of them, from `nbytes` of host
+    memory beside its record, while the rest comes."""
+
+    units: int
+    share: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Machine:
     """What is there for a model. `gpus` are used from the first on, in this order.
 
     `host_bytes` is the most to pin in host memory, None for whatever is needed; `disk_bytes` the most that experts
-    read from disk again and again may take there, None if none may.
+    read from disk again and again may take there, None if none may. With a `division` the CPU helps.
     """
 
     gpus: tuple[Gpu, ...]
@@ -46,6 +56,7 @@ class Machine:
     disk_bytes: int | None = None
     copy_bytes_per_s: float = COPY_BYTES_PER_S
     disk_bytes_per_s: float = DISK_BYTES_PER_S
+    division: Division | None = None
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], host_bytes: int | None = None, disk_bytes: int | None = None) -> "Machine":

@@ -14,6 +14,7 @@ from minibble.quantize.errors import BudgetError
 from minibble.quantize.sizes import decimal
 from minibble.runtime.plan import Source
 from minibble.runtime.planning.device_bytes import Demand
+from minibble.runtime.planning.machine import Division
 from minibble.runtime.planning.shortage import exactly
 from minibble.runtime.planning.split import POISON_RECORDS
 
@@ -79,7 +80,8 @@ class Placement:
     """Where everything is. `pinned` and `disk` are ids of experts for each layer of the model, as `resident` is.
 
     `prefill_chunk` are the tokens of each sequence that the workspace allows through the layers at a time. Of
-    `host_bytes` `embedding_bytes` are those of the embedding, 0 where it is on the first GPU.
+    `host_bytes` `embedding_bytes` are those of the embedding, 0 where it is on the first GPU. The experts `computed`,
+    (layer, expert), are divided with the CPU when they miss, which takes host memory beside.
     """
 
     devices: tuple[DevicePlan, ...]
@@ -95,6 +97,8 @@ class Placement:
     expected_hit_rate: float
     expected_decode_tokens_per_s: float
     embedding_bytes: int = 0
+    computed: tuple[tuple[int, int], ...] = ()
+    division: Division | None = None
     other_sequences: bool = False  # than the rate is for
 
     @property
@@ -134,6 +138,8 @@ class Placement:
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
             "embedding": "host" if self.embedding_bytes else "gpu",
+            "cpu_experts": len(self.computed),
+            "cpu_units": 0 if self.division is None else self.division.units,
             "experts": {name: sum(map(len, getattr(self, name))) for name in ("resident", "pinned", "disk")},
             "record_bytes": self.record_bytes,
             "dtype": self.dtype,

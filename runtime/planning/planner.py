@@ -14,6 +14,7 @@ from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source
 from minibble.runtime.planning.device_bytes import Demand, default_chunk, model_bytes
 from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.placement import DevicePlan, Ids, Placement
+from minibble.runtime.planning.processors import computable
 from minibble.runtime.planning.rates import HOP_S, STEP_S, chances, missed_seconds, summed
 from minibble.runtime.planning.shares import Expert, shares_of
 from minibble.runtime.planning.shortage import GpuShortage, gpu_shortage, host_shortage
@@ -197,15 +198,18 @@ def _placed(
         return None
     in_host, on_disk = (_by_layer(part, planner.layers) for part in (missing[:pinned], missing[pinned:]))
     context, batch, chunk = run
+    host_bytes = (pinned + (staging if pinned < len(missing) else 0)) * record
+    computed = computable(in_host, host_bytes, machine)
+    divided = sum(needed[layer][expert] for layer, expert in computed) if batch == 1 else 0.0
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
     seconds += HOP_S * (len(devices) - 1) + STEP_S
     pauses = sum(len(ids) < planner.experts for d in devices for ids in d.resident)
-    seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), pauses, record, machine)
+    seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), divided, pauses, record, machine)
     return Placement(
         devices=devices,
         pinned=in_host,
         disk=on_disk,
-        host_bytes=(pinned + (staging if pinned < len(missing) else 0)) * record + planner.demand.moved_bytes,
+        host_bytes=host_bytes + planner.demand.moved_bytes,
         disk_bytes=(len(missing) - pinned) * record,
         record_bytes=record,
         dtype=str(dtype).removeprefix("torch."),
@@ -215,6 +219,8 @@ def _placed(
         expected_hit_rate=split.held / planner.shares.total,
         expected_decode_tokens_per_s=batch / seconds,
         embedding_bytes=planner.demand.moved_bytes,
+        computed=computed,
+        division=machine.division if computed else None,
     )
 
 

@@ -16,6 +16,8 @@ STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0
 # A layer that asks the host which experts come, and each that does, beside its copy: with all 80 layers asking 2.4 and
 # 4.8 ms for 2.3 missed (one host was half as fast as the other), 3.9 and 6.9 for 10, 5.0 for 66.
 PAUSE_S, MISS_S = 35e-6, 60e-6
+# What a divided expert takes beside the half of its copy: 36 of them a step saved 20 ms, their halves 28.
+DIVIDED_S = 220e-6
 
 
 def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
@@ -23,12 +25,15 @@ def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
     return nbytes / min(READ_SHARE * gpu.read_bytes_per_s, DECODED_BYTES_PER_S) + layers * LAYER_S
 
 
-def missed_seconds(pinned: float, on_disk: float, pauses: int, record_bytes: int, machine: Machine) -> float:
-    """Time for so many of a step's experts that are in host memory and on disk, in `pauses` layers. A layer's copies
-    wait for its router, and it for them."""
+def missed_seconds(
+    pinned: float, on_disk: float, divided: float, pauses: int, record_bytes: int, machine: Machine
+) -> float:
+    """Time for so many of a step's experts that are in host memory and on disk, in `pauses` layers; of the first
+    `divided` are the CPU's in part. A layer's copies wait for its router, and it for them."""
     rate = min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
-    copied_s = record_bytes * (pinned / machine.copy_bytes_per_s + on_disk / rate)
-    return copied_s + MISS_S * (pinned + on_disk) + PAUSE_S * pauses
+    share = 0.0 if machine.division is None else machine.division.share
+    copied_s = record_bytes * ((pinned - share * divided) / machine.copy_bytes_per_s + on_disk / rate)
+    return copied_s + MISS_S * (pinned + on_disk) + DIVIDED_S * divided + PAUSE_S * pauses
 
 
 def chances(shares: Shares, experts_per_token: int, batch: int) -> list[list[float]]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import minibble
 from minibble.quantize.errors import BudgetError, CheckpointError, StateError
 from minibble.quantize.job import quantize_checkpoint
-from minibble.runtime import graphs, unfilled
+from minibble.runtime import graphs
+from minibble.runtime.experts import division
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import ALL_FROM, Fetch, OffloadedTable
 from minibble.runtime.experts.turns import Turns
@@ -234,7 +235,7 @@ def test_experts_that_the_cpu_computes(
 ) -> None:
     """A third of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for
     rounding."""
-    monkeypatch.setattr(unfilled, "computed_units", lambda *given: 256)
+    monkeypatch.setattr(division, "computed_units", lambda *given: 256)
     config = tiny.original_json(
         hidden_size=256, intermediate_size=768, vocab_size=2000, num_hidden_layers=3, attn_type_list=[0, 0, 1]
     )

@@ -28,8 +28,8 @@ from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.planning.machine import Gpu, Machine
-from minibble.runtime.planning.processors import computable, expert_nbytes
+from minibble.runtime.planning.machine import Division, Gpu, Machine
+from minibble.runtime.planning.processors import computable, part_nbytes
 
 IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
 PROMPT = 24
@@ -183,7 +183,9 @@ def test_experts_on_the_cpu(
     stats = store.stats.since(before)
     assert 0 < stats.computed <= stats.misses
     assert set(left) == {512, 768} and left.count(512) == stats.computed
-    assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] > 0
+    report, part = model.memory_report(context=64), model.placement.division  # type: ignore[union-attr]
+    assert part is not None and report["predicted"]["cpu_units"] == part.units == 256
+    assert report["measured"]["cpu_experts_bytes"] == report["predicted"]["cpu_experts"] * part.nbytes
     model.close()
 
 
@@ -203,11 +205,11 @@ def test_host_memory_for_experts_on_the_cpu(divided: Path, machine: dict[str, An
     assert placement is not None
     model.close()
     waiting = sum(map(len, placement.pinned))
-    each = expert_nbytes(source, 256, torch.float32)
-    assert 3 * each == expert_nbytes(source, 768, torch.float32)
+    each = part_nbytes(source, 256, torch.float32)
+    assert 3 * each == part_nbytes(source, 768, torch.float32)
     for room in (0, 1, 2, waiting, waiting + 5):
-        there = Machine((Gpu("cpu", 10**10),), placement.host_bytes + room * each + each // 2)
-        keys = computable(source, placement, there, 256, torch.float32)
+        there = Machine((Gpu("cpu", 10**10),), 1000 + room * each + each // 2, division=Division(256, 1 / 3, each))
+        keys = computable(placement.pinned, 1000, there)
         assert len(keys) == len(set(keys)) == min(room, waiting)
         assert all(expert in placement.pinned[layer] for layer, expert in keys)
     processor = Processor([(0, 1)], 256, torch.float32)

@@ -16,7 +16,7 @@ from minibble.runtime import plan
 from minibble.runtime.footprint import footprint, kv_cache_bytes, state_bytes
 from minibble.runtime.plan import CUBLAS_NBYTES, workspace_nbytes
 from minibble.runtime.planning.device_bytes import CONTEXT_NBYTES, ConfigSource, fused_workspace_nbytes, model_bytes
-from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.planning.machine import Division, Gpu, Machine
 from minibble.runtime.planning.placement import Placement
 from minibble.runtime.planning.planner import plan_placement
 from minibble.runtime.planning.rates import DECODED_BYTES_PER_S, gpu_seconds
@@ -201,6 +201,25 @@ def test_what_is_left_out_is_spread_evenly() -> None:
     placement = plan_placement(NF4, Machine.of_sizes((48 * GB,)), context=4096)
     numbers = {len(ids) for ids in placement.resident}
     assert max(numbers) - min(numbers) <= 1
+
+
+@pytest.mark.parametrize("counts", [None, zipf(3, 1.0)], ids=["even", "zipf"])
+@pytest.mark.parametrize("host_gb", [106, 120, 300])
+def test_the_cpu_helps_as_far_as_host_memory_goes(host_gb: int, counts: list[list[int]] | None) -> None:
+    division = Division(4352, 4352 / 9216, 41_000_000)
+    alone = Machine.of_sizes((141 * GB,), host_bytes=host_gb * GB)
+    plain, helped = (
+        plan_placement(NF4, machine, context=4096, counts=counts)
+        for machine in (alone, replace(alone, division=division))
+    )
+    assert (helped.resident, helped.pinned, helped.host_bytes) == (plain.resident, plain.pinned, plain.host_bytes)
+    assert plain.computed == () and plain.division is None
+    waiting = {(layer, expert) for layer, ids in enumerate(helped.pinned) for expert in ids}
+    assert waiting >= set(helped.computed) and len(set(helped.computed)) == len(helped.computed)
+    room = (host_gb * GB - helped.host_bytes) // division.nbytes
+    assert len(helped.computed) == min(room, len(waiting)) > 0
+    assert plain.expected_decode_tokens_per_s < helped.expected_decode_tokens_per_s
+    assert helped.expected_decode_tokens_per_s < 1.7 * plain.expected_decode_tokens_per_s
 
 
 def test_balanced_by_time_where_everything_fits() -> None:
