@@ -17,7 +17,7 @@ from minibble.runtime.experts.table import OffloadedTable
 from minibble.runtime.experts.tiering import Tiering
 from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.kernels.linear4.skinny import MAX_EXPERTS
-from minibble.runtime.kernels.moe4.table import ExpertTable, RecordTable, first_units, record_layouts
+from minibble.runtime.kernels.moe4.table import MOST, ExpertTable, RecordTable, first_units, largest, record_layouts
 from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import Source, default_prefill_chunk, held_dtype
@@ -141,6 +141,13 @@ class Unfilled:
         packed = [part for part in parts if isinstance(part, QuantizedTensor)]
         table = None if specs[0].layer is None else self.tables.get(specs[0].layer)
         if specs[0].expert is not None and table is not None:
+            packed = [part.to(self.device_of(specs[0])) for part in packed]
+            for spec, part in zip(specs, packed, strict=True):
+                if (found := largest(part)) > MOST:
+                    raise CheckpointError(
+                        f"{spec.name}: weights of up to {found:,.0f}, kernels of experts take up to {MOST:,.0f}; look at "
+                        "where the checkpoint comes from, or set MINIBBLE_KERNELS=reference"
+                    )
             table.put(specs[0].expert, "down" if len(parts) == 1 else "gate_up", packed)
             return
         module, device = self.model.get_submodule(name), self.device_of(specs[0])

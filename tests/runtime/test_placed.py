@@ -10,6 +10,7 @@ import torch
 from golden import tiny
 from golden.tiles_by_byte import read_back
 from golden.tiny_models import followed
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -236,6 +237,23 @@ def test_calibrated_checkpoints_keep_their_hottest_experts(folder: Path, machine
         assert all(row[e] <= coldest_kept for e in range(4) if e not in resident)
     for store in model.stores:
         store.close()
+
+
+def test_weights_beyond_the_kernels(make_source: Any, tmp_path: Path, machine: dict[str, Any]) -> None:
+    """A scale that makes them too large for float16 is named while loading."""
+    broken = quantized(tmp_path, make_source)
+    model = placed(broken)
+    assert all(float(layer.moe.packed.addresses[0]) for layer in model.layers)
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        if f"{name}.nested_absmax" in tensors:
+            tensors[f"{name}.nested_absmax"] *= 1e6
+            save_file(tensors, path)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.\S*experts\.2\.w2\.weight: weights of up to \S+, experts' kernels"
+    ):
+        placed(broken)
 
 
 def test_a_failure_while_loading_gives_the_memory_back(

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.formats import Format
+from minibble.quantize.nf4_math import decode_absmax, level_table
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.nvrtc import KernelError
-from minibble.runtime.kernels.tiles import Rectangle, TileLayout, pack, usable
+from minibble.runtime.kernels.tiles import HALF_SCALE, Rectangle, TileLayout, pack, usable
 
 if TYPE_CHECKING:
     from minibble.runtime.pipeline import ExpertPause
 
 FEW = 64  # tokens up to which the kernel for few of them is the quicker
+MOST = torch.finfo(torch.float16).max / HALF_SCALE  # of a weight, for the one for many: 1,023
 
 
 class RecordTable:
@@ -112,6 +114,11 @@ class RecordTable:
             y = linear_decoded(h.flatten(1), record[self.gate_up.nbytes :], self.down, torch.float32)
             out.index_add_(0, tokens, y * weights_MA.reshape(-1)[chosen, None])
         return out
+
+
+def largest(q: QuantizedTensor) -> float:
+    """No weight of the matrix is larger than this; kernels can multiply with an expert's up to MOST."""
+    return float(decode_absmax(q).abs().max() * level_table(q.levels, q.device).abs().max())
 
 
 def first_units(gate_up: TileLayout, down: TileLayout, units: int) -> list[Rectangle]:
