@@ -145,8 +145,8 @@ class Unfilled:
             for spec, part in zip(specs, packed, strict=True):
                 if (found := largest(part)) > MOST:
                     raise CheckpointError(
-                        f"{spec.name}: weights of up to {found:,.0f}, kernels of experts take up to {MOST:,.0f}; look at "
-                        "where the checkpoint comes from, or set MINIBBLE_KERNELS=reference"
+                        f"{spec.name}: weights of up to {found:,.0f}, kernels of experts take up to {MOST:,.0f}; look "
+                        "at where the checkpoint comes from, or set MINIBBLE_KERNELS=reference"
                     )
             table.put(specs[0].expert, "down" if len(parts) == 1 else "gate_up", packed)
             return

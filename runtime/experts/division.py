@@ -7,6 +7,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, islice
+from statistics import mean
+from typing import Literal
 
 import torch
 
@@ -23,7 +26,9 @@ from minibble.runtime.planning.processors import part_nbytes
 
 CPU = torch.device("cpu")
 LEAST_GAIN = 0.1  # of the time that a copy takes, for which the CPU is asked
-_TIMED = 3  # copies, of which the quickest counts, and different experts that the CPU is timed with
+BEGIN_S = 1e-4  # after a copy was issued, until what the CPU needs has come to host memory
+_EXPERTS = 3  # different ones that are timed
+_WARM, _ROUNDS = 8, 24  # before: threads start and clocks rise; and those that count
 
 
 def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.device) -> Machine:
@@ -45,60 +50,90 @@ def computed_units(D: int, F: int, format: Format, record_nbytes: int, device: t
     other threads, and the slowest of those that share an expert counts.
     """
     step, threads = math.lcm(COLUMNS, format.block_size), torch.get_num_threads()
-    copy_s = copy_seconds(record_nbytes, device)
-    found = {}
-    for number in range(max(1, threads - 1), threads + 1):
-        torch.set_num_threads(number)
-        found[balanced(F, step, copy_s, lambda units: compute_seconds(D, units, format))] = number
-    best = max(found)
-    torch.set_num_threads(found[best] if best else threads)
-    return best
+    copy = Copy(record_nbytes, device)
+    try:
+        copy_s, found = copy.seconds(), {}
+        for number in range(max(1, threads - 1), threads + 1):
+            torch.set_num_threads(number)
+            found[number] = balanced(F, step, copy_s, lambda units: compute_seconds(D, units, format, copy))
+    finally:
+        torch.set_num_threads(threads)
+        copy.close()
+    best = min(found, key=lambda number: found[number][1])
+    if found[best][0]:
+        torch.set_num_threads(best)
+    return found[best][0]
 
 
-def balanced(units: int, step: int, copy_s: float, compute_s: Callable[[int], float]) -> int:
-    """The multiple of `step` with which the CPU takes as long as copying the others of `units`.
+def balanced(units: int, step: int, copy_s: float, compute_s: Callable[[int], float]) -> tuple[int, float]:
+    """The multiple of `step` with which the CPU takes as long as copying the others of `units`, at most half of them;
+    and the seconds that both take. 0 where that would gain little.
 
     All of them take `copy_s` to come, and n of them `compute_s(n)`, which is asked twice and taken to grow evenly.
     """
     if units % step or units < 3 * step:
-        return 0
+        return 0, copy_s
     small, large = max(step, units // 4 // step * step), max(2 * step, units // 2 // step * step)
     each_s = max(0.0, compute_s(large) - (begin_s := compute_s(small))) / (large - small)
-    begin_s = max(0.0, begin_s - each_s * small)  # what it takes however few they are
+    begin_s = max(0.0, begin_s - each_s * small) + BEGIN_S  # what it takes however few they are
     found = int((copy_s - begin_s) / (copy_s / units + each_s)) // step * step
-    found = max(0, min(found, units - step))
+    found = max(0, min(found, large))
     takes_s = max(copy_s * (1 - found / units), begin_s + each_s * found)
-    return found if found and takes_s <= (1 - LEAST_GAIN) * copy_s else 0
+    return (found, takes_s) if found and takes_s <= (1 - LEAST_GAIN) * copy_s else (0, copy_s)
 
 
-def copy_seconds(nbytes: int, device: torch.device) -> float:
-    """How long so many bytes take from pinned host memory to `device`."""
-    lane, slot, times = lane_for(device), torch.empty(nbytes, dtype=torch.uint8, device=device), []
-    lane.begin(slot)
-    memory = HostRecords(lane, nbytes, 1)
-    source = memory.records[0] if memory.records else torch.zeros(nbytes, dtype=torch.uint8)
-    for _ in range(_TIMED):
-        lane.finish()
+def compute_seconds(D: int, units: int, format: Format, copy: "Copy") -> float:
+    """How long the CPU takes for one token and so many hidden units of an expert, as in decoding: while others come,
+    and after it has waited for some."""
+    processor = Processor([(0, expert) for expert in range(_EXPERTS)], units)
+    kinds: tuple[tuple[Literal["gate_up", "down"], list[tuple[int, int]]], ...]
+    kinds = ("gate_up", [(units, D), (units, D)]), ("down", [(D, units)])
+    for key in processor.keys:
+        for kind, shapes in kinds:
+            codes, scales = torch.zeros(D * units // 2, dtype=torch.uint8), torch.ones(D * units // format.block_size)
+            processor.put(key, kind, [format.assemble(shape, codes, scales, torch.bfloat16) for shape in shapes])
+    x, times = torch.ones(1, D), []
+    for key in islice(cycle(sorted(processor.keys)), _WARM + _ROUNDS):
+        copy.begin()
         began = time.perf_counter()
-        lane.bring(slot, source, None)
-        lane.finish()
+        processor(key, x)
         times.append(time.perf_counter() - began)
-    memory.close()
-    del slot
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what is loaded next has the whole of its budget
-    return min(times)
+        copy.end()
+    return mean(times[_WARM:])
 
 
-def compute_seconds(D: int, units: int, format: Format) -> float:
-    """How long the CPU takes for one token and so many hidden units of an expert."""
-    keys = [(0, expert) for expert in range(_TIMED)]
-    processor = Processor(keys, units)
-    first, last = ((units, D), (D, units))
-    for key in keys:
-        for kind, shapes in (("gate_up", (first, first)), ("down", (last,))):
-            blocks = D * units // format.block_size
-            codes = torch.zeros(D * units // 2, dtype=torch.uint8)
-            part = format.assemble(shapes[0], codes, torch.ones(blocks), torch.bfloat16)
-            processor.put(key, kind, [part] * len(shapes))  # type: ignore[arg-type]
-    return processor.seconds()
+class Copy:
+    """A record of `nbytes` in pinned host memory, to be copied to `device` again and again."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.lane, self.slot = lane_for(device), torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.lane.begin(self.slot)
+        self.memory = HostRecords(self.lane, nbytes, 1)
+        # Where none can be pinned, experts come from ordinary memory as well.
+        self.source = self.memory.records[0] if self.memory.records else torch.zeros(nbytes, dtype=torch.uint8)
+
+    def begin(self) -> None:
+        """Issue a copy."""
+        self.lane.bring(self.slot, self.source, None)
+
+    def end(self) -> None:
+        """Wait for it."""
+        self.lane.finish()
+
+    def seconds(self) -> float:
+        """How long one takes: the quickest of a few."""
+        times = []
+        for _ in range(3):
+            self.end()
+            began = time.perf_counter()
+            self.begin()
+            self.end()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def close(self) -> None:
+        """Give the memory back: what is loaded next has the whole of its budget."""
+        self.memory.close()
+        self.slot = self.slot[:0].clone()
+        if self.slot.is_cuda:
+            torch.cuda.empty_cache()

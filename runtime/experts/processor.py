@@ -1,10 +1,7 @@
 """Experts whose last hidden units the CPU computes itself, while the others are copied to the GPU."""
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import cycle, islice
-from statistics import median
 from typing import Literal
 
 import torch
@@ -18,9 +15,6 @@ from minibble.runtime.experts.tiering import Key
 from minibble.runtime.kernels.linear4 import Packed, linear, prepare
 
 CPU = torch.device("cpu")
-TIMED = 3  # experts that are timed
-WARM, ROUNDS = 8, 24  # runs before, in which threads start and clocks rise, from 20 ms to 2; and of those that count
-IDLE_S = 0.002  # between them, as in decoding: threads that have gone to sleep make an expert take half as long again
 
 
 class Processor:
@@ -49,17 +43,6 @@ class Processor:
         """Their part of down(silu(gate x) * up x), float32 [M, D], of x [M, D] on the CPU."""
         gate, up = linear(x_MD.to(self.dtype), self._gate_up[key]).chunk(2, dim=-1)
         return linear(F.silu(gate) * up, self._down[key], torch.float32)
-
-    def seconds(self) -> float:
-        """How long that takes for one token, measured now; infinity without an expert."""
-        keys, times = list(self._down)[:TIMED], []
-        for key in islice(cycle(keys), WARM + ROUNDS):
-            x = torch.ones(1, self._gate_up[key].shape[1])
-            time.sleep(IDLE_S)
-            began = time.perf_counter()
-            self(key, x)
-            times.append(time.perf_counter() - began)
-        return median(times[WARM:]) if keys else float("inf")
 
 
 def _last(q: QuantizedTensor, row: int, column: int) -> QuantizedTensor:
