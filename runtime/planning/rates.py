@@ -16,8 +16,7 @@ STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0
 # A layer that asks the host which experts come, and each that does, beside its copy: with all 80 layers asking 2.4 and
 # 4.8 ms for 2.3 missed (one host was half as fast as the other), 3.9 and 6.9 for 10, 5.0 for 66.
 PAUSE_S, MISS_S = 35e-6, 60e-6
-# What a divided expert takes beside the half of its copy: 36 of them a step saved 20 ms, their halves 28.
-DIVIDED_S = 220e-6
+DIVIDED_S = 100e-6  # of an expert that the CPU computes in part, beside the copy of the rest
 
 
 def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:

@@ -98,7 +98,7 @@ def divided(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Itera
     with pytest.MonkeyPatch.context() as context:
         context.setattr(division.Copy, "seconds", lambda self: 1.0)
         context.setattr(division, "compute_seconds", lambda D, units, format, copy: units / 512)
-        context.setattr(division, "BEGIN_S", 0.0)
+        context.setattr(division, "AROUND_S", 0.0)
         yield quantized(tmp_path_factory.mktemp("divided"), make_source, hidden_size=256, intermediate_size=768)
 
 

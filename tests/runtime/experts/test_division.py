@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def test_balance(
     monkeypatch: pytest.MonkeyPatch, units: int, copy_s: float, begin_s: float, each_s: float, expected: int
 ) -> None:
-    monkeypatch.setattr(division, "BEGIN_S", 0.0)
+    monkeypatch.setattr(division, "AROUND_S", 0.0)
     asked: list[int] = []
 
     def compute_s(n: int) -> float:
@@ -39,9 +39,9 @@ def test_balance(
     assert all(n % 256 == 0 and 0 < n < units for n in asked)
 
 
-def test_the_cpu_begins_later() -> None:
-    """By what it has to wait for, a tenth of a millisecond."""
-    assert balanced(9216, 256, 1.65e-3, lambda n: n * 1.65e-3 / 9216)[0] == 4096
+def test_what_the_cpu_waits_for_counts() -> None:
+    """A quarter of a millisecond: less than half is left to one as fast as the copy engine."""
+    assert balanced(9216, 256, 1.65e-3, lambda n: n * 1.65e-3 / 9216)[0] == 3840
 
 
 def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
