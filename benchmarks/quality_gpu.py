@@ -3,7 +3,7 @@
     python benchmarks/quality_gpu.py SOURCE --text FILE [--calibration FILE] [--windows 176]
 
 SOURCE becomes NF4, and with --calibration int4 too. Each is scored against SOURCE three times on the same windows: by
-the reference kernels, by the kernels for many tokens (a window at once), and by a graph a token, 32 windows at a time.
+the reference kernels, by the kernels for many tokens (a window at once), and by a graph a token, 8 windows at a time.
 Gate: each KL divergence within 1 % of the reference kernels'. Rounding sends some tokens to other experts, so fewer
 windows tell less: 8 of them may differ by 2 %.
 """
@@ -27,7 +27,7 @@ from minibble.runtime.model import MiniMaxForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 BOUND = 0.01
-BATCH = 32
+BATCH = 8
 
 
 def main() -> None:
