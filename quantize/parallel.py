@@ -20,10 +20,16 @@ def spread(work: Callable[[Piece], Result], pieces: Sequence[Piece], device: tor
     """
     if device.type != "cpu":
         return [work(piece) for piece in pieces]
+    inferring = torch.is_inference_mode_enabled()  # which threads do not take over by themselves
+
+    def in_same_mode(piece: Piece) -> Result:
+        with torch.inference_mode(inferring):
+            return work(piece)
+
     with _one_thread_each() as threads:
         if threads == 1 or len(pieces) == 1:
             return [work(piece) for piece in pieces]
-        return list(_pool(threads).map(work, pieces))
+        return list(_pool(threads).map(in_same_mode, pieces))
 
 
 @contextmanager

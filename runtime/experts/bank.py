@@ -105,6 +105,8 @@ class Bank:
     def take(self, wanted: list[Key], partly: Collection[Key] = ()) -> None:
         """Bring, hold and make ready; either all or, after an error, none are held. Of those of `partly`, which are in
         host memory, a part comes, and they are forgotten when they are no longer held."""
+        assert self.pieces or not partly, "no pieces are known"
+        assert all(key in self.tiers.host for key in partly), "a part of what is not in host memory"
         coming = [key for key in wanted if key not in self.resident]
         before = set(self.slots.held)
         self.slots.held |= {slot for key in coming if (slot := self.slots.find(key)) is not None}
@@ -157,7 +159,7 @@ class Bank:
                 self._of[slot].read = mark
                 self.slots.held.discard(slot)
                 key = self.slots.keys[slot]
-                if key is not None and self.slots.find(key) != slot:
+                if key is not None and self.slots.find(key) != slot:  # a part of it
                     self._forget(slot)
 
     def held_layers(self) -> set[int]:
@@ -238,8 +240,8 @@ class Bank:
             own.incoming, own.ready = self.tiers.read(key), None
         else:
             pieces = self.pieces if partly else ()
-            own.incoming, own.ready = None, self.lane.bring(self._spare(slot), source, own.read, *([pieces] * partly))
-            self.stats.bytes_from_host += sum(p.width * p.height for p in pieces) if partly else source.nbytes
+            own.incoming, own.ready = None, self.lane.bring(self._spare(slot), source, own.read, pieces)
+            self.stats.bytes_from_host += sum(p.width * p.height for p in pieces) if pieces else source.nbytes
         own.predicted = False
         self.slots.give(slot, key, partly)
         return slot

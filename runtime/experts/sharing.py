@@ -77,10 +77,10 @@ class SharedFetch:
             place.copy_(new, non_blocking=True)
 
     def _mine(self, chosen: list[int]) -> list[int]:
-        """The experts to compute a part of: those that are missing and have one token. For more the CPU takes longer,
-        and a copy does not."""
+        """The experts to compute a part of: those that have to come from host memory, and have one token. For more the
+        CPU takes longer, and a copy does not."""
         store, layer, able = self.table.store, self.table.layer, self.processor.keys
         return [
             expert for expert in dict.fromkeys(chosen)
-            if (layer, expert) in able and chosen.count(expert) == 1 and not store.is_here(layer, expert)
+            if (layer, expert) in able and chosen.count(expert) == 1 and store.waits_in_host(layer, expert)
         ]  # fmt: skip

@@ -90,6 +90,10 @@ class ExpertStore:
         """Whether an expert is on the device, or on its way to it."""
         return self._bank.is_here((layer, expert))
 
+    def waits_in_host(self, layer: int, expert: int) -> bool:
+        """Whether an expert is in host memory and neither on the device nor on its way to it."""
+        return (layer, expert) in self._tiers.host and not self.is_here(layer, expert)
+
     def record(self, layer: int, expert: int) -> Tensor:
         """The record of an expert that is resident, or required and not yet given up by `used`."""
         bank, key = self._bank, (layer, expert)

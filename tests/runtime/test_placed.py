@@ -21,6 +21,7 @@ from minibble.quantize.nf4_math import decode
 from minibble.runtime import graphs, loading, unfilled
 from minibble.runtime import model as model_module
 from minibble.runtime.experts import division
+from minibble.runtime.experts.lanes import HostLane
 from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.sharing import SharedFetch
 from minibble.runtime.experts.store import ExpertStore
@@ -188,6 +189,21 @@ def test_experts_on_the_cpu(
     report, part = model.memory_report(context=64), model.placement.division  # type: ignore[union-attr]
     assert part is not None and report["predicted"]["cpu_units"] == part.units == 256
     assert report["measured"]["cpu_experts_bytes"] == report["predicted"]["cpu_experts"] * part.nbytes
+    model.close()
+
+
+def test_experts_on_disk_come_whole(
+    divided: Path, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were to be pinned, too, where that is refused: the CPU could compute parts of them."""
+    machine["disk_bytes"] = 10**9
+    right = followed(placed(divided), IDS, PROMPT)
+    monkeypatch.setattr(HostLane, "pin", lambda self, memory: "no more")
+    with pytest.warns(UserWarning, match="experts wait in disk"):
+        model = placed(divided, 3, cpu_experts=True, offload_folder=tmp_path)
+    (store,) = model.stores
+    assert torch.equal(followed(model, IDS, PROMPT), right)
+    assert model.placement.computed and store.stats.bytes_from_disk and not store.stats.computed  # type: ignore[union-attr]
     model.close()
 
 

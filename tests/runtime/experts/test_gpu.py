@@ -77,7 +77,7 @@ def test_a_missing_wait_would_show(cuda_device: torch.device) -> None:
     """The same with copies that do not wait for the kernels: wrong bytes are read."""
     with filled(cuda_device, placement(LAYERS, resident=0, pinned=8, disk=0, spare=2)) as store:
         reader, bring = Reader(store), store._bank.lane.bring
-        store._bank.lane.bring = lambda slot, source, after: bring(slot, source, None)  # type: ignore[method-assign]
+        store._bank.lane.bring = lambda slot, source, after, pieces: bring(slot, source, None)  # type: ignore[method-assign]
         for step in range(10):
             store.require(step % LAYERS, [step % 8, (step + 1) % 8])
             torch.cuda._sleep(SLOW)
