@@ -194,7 +194,8 @@ def _judge_running(findings: Findings) -> None:
     except BudgetError as error:
         findings.cannot.append(f"run it on the GPUs as they are now: {error}")
         return
-    elsewhere = f"{decimal(placement.host_bytes)} of experts in host memory, " if placement.host_bytes else ""
+    waiting = sum(map(len, placement.pinned)) * placement.record_bytes
+    elsewhere = f"{decimal(waiting)} of experts in host memory, " if waiting else ""
     findings.can.append(
         f"run it on {len(placement.devices)} of {len(gpus)} GPUs as they are now: {elsewhere}"
         f"{placement.expected_decode_tokens_per_s:.3g} tokens/s expected (minibble report says more)"

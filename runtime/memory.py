@@ -40,7 +40,7 @@ def report(model: "MiniMaxForCausalLM", context: int, batch: int) -> dict[str, A
     if gpus:
         measured["peak_gpu_bytes"] = [torch.cuda.max_memory_allocated(device) for device in gpus]
         measured["gpus"] = [gpu_bytes(device) for device in gpus]
-    if model.stores:
+    if model.stores or moved:
         found = (getattr(layer.moe.packed, "processor", None) for layer in model.layers)
         processors = {processor for processor in found if processor is not None}
         measured["host_bytes"] = sum(store.host_nbytes for store in model.stores) + moved

@@ -82,10 +82,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def whole(run: dict[str, Any]) -> list[str]:
     """A run of a whole model: what was planned and taken, and the rates."""
     plan = run["plan"]
+    among = ", the embedding among it" if plan["embedding"] == "host" else ""
     text = [
         f"{run['routing']} routing, loaded in {run['load_s']:.0f} s: {plan['experts']['resident']} experts on GPUs, "
-        f"{plan['experts']['pinned']} in host memory ({plan['host_bytes'] / 1e9:.1f} GB), {plan['experts']['disk']} on "
-        f"disk ({plan['disk_bytes'] / 1e9:.1f} GB)"
+        f"{plan['experts']['pinned']} in host memory ({plan['host_bytes'] / 1e9:.1f} GB{among}), "
+        f"{plan['experts']['disk']} on disk ({plan['disk_bytes'] / 1e9:.1f} GB)"
     ]
     for row in run["decode"]:
         if "refused" in row:

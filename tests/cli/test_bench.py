@@ -78,7 +78,7 @@ WHOLE = {
     "routing": "zipf", "load_s": 21.0,
     "plan": {
         "experts": {"resident": 1493, "pinned": 1067, "disk": 0}, "host_bytes": 93_500_000_000, "disk_bytes": 0,
-        "expected_decode_tokens_per_s": 19.2,
+        "expected_decode_tokens_per_s": 19.2, "embedding": "host",
     },
     "decode": [
         {
@@ -141,9 +141,9 @@ def test_what_is_asked_of_a_whole_model(cli_json, whole, tmp_path) -> None:
 
 def test_lines_of_a_whole_model(cli, whole) -> None:
     out = cli("bench", "minimax-text-01", "--weights", "dummy").stdout
-    words = ("1493 experts on GPUs, 1067 in host memory (93.5 GB)", "18.4 tokens/s after 8,192 (expected with 1: 19.2)",
-             "0.5 experts missed a step", "148.50 GB in use, 149.00 planned", "batch 32: cuda:0 needs",
-             "3,210 tokens/s")  # fmt: skip
+    words = ("1493 experts on GPUs, 1067 in host memory (93.5 GB, the embedding among it)",
+             "18.4 tokens/s after 8,192 (expected with 1: 19.2)", "0.5 experts missed a step",
+             "148.50 GB in use, 149.00 planned", "batch 32: cuda:0 needs", "3,210 tokens/s")  # fmt: skip
     flat = " ".join(out.split())
     assert all(word in flat for word in words), out
 
