@@ -5,6 +5,7 @@ An expert is a sum over its hidden units, and those can be divided: the first on
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle, islice
@@ -34,11 +35,17 @@ _WARM, _ROUNDS = 8, 24  # before: threads start and clocks rise; and those that 
 
 
 def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.device) -> Machine:
-    """`machine` with its CPU computing parts of experts that miss on `device`, where that helps."""
+    """`machine` with its CPU computing parts of experts that miss on `device`; as it is, and a warning, if that would
+    not help."""
     config, format, record = source.config, source.format, model_bytes(source, dtype).record_bytes
     assert format is not None
     units = computed_units(config.hidden_size, config.intermediate_size, format, record, device)
     if not units:
+        warnings.warn(
+            f"the CPU computes no parts of experts: with {config.intermediate_size} hidden units, on "
+            f"{torch.get_num_threads()} threads, that would save less than a tenth of their copies",
+            stacklevel=3,
+        )
         return machine
     part = Division(units, units / config.intermediate_size, part_nbytes(source, units, best_dtype(CPU)))
     return replace(machine, division=part)

@@ -210,7 +210,10 @@ def test_experts_on_disk_come_whole(
 def test_no_experts_on_a_cpu_that_is_too_slow(divided: Path, machine: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as context:
         context.setattr(division, "compute_seconds", lambda D, units, format, copy: 60.0)
-        model = placed(divided, 3, cpu_experts=True)
+        with pytest.warns(
+            UserWarning, match="the CPU computes no parts of experts: with 768 hidden units, on 1 threads"
+        ):
+            model = placed(divided, 3, cpu_experts=True)
     assert all(layer.moe.packed.processor is None for layer in model.layers)
     assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] == 0
     model.close()
