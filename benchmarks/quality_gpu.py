@@ -40,17 +40,16 @@ def main() -> None:
     options = parser.parse_args()
     device = gpu.the_gpu()
     result: dict[str, Any] = {"source": options.source.name, "hardware": gpu.hardware(device), "formats": {}}
+    ways: dict[str, dict[str, Any]] = {"nf4-dq": {}}
+    if options.calibration is not None:
+        ways["int4-g128"] = {"method": "gptq", "calibration": options.calibration}
     with tempfile.TemporaryDirectory() as folder:
-        nf4 = Path(folder) / "nf4"
-        quantize(options.source, nf4, device=str(device))
-        result["formats"]["nf4-dq"] = measure(nf4, options, device)
-        if options.calibration is not None:
-            int4 = Path(folder) / "int4"
-            quantize(options.source, int4, method="gptq", calibration=options.calibration, device=str(device))
-            result["formats"]["int4-g128"] = measure(int4, options, device)
-    gpu.write_result(gpu.result_path(options.out, "quality_gpu", result["hardware"]["gpu"]), result)
+        for name, way in ways.items():
+            quantize(options.source, Path(folder) / name, device=str(device), **way)
+            result["formats"][name] = measure(Path(folder) / name, options, device)
+            gpu.write_result(gpu.result_path(options.out, "quality_gpu", result["hardware"]["gpu"]), result)
+            print(name, result["formats"][name], flush=True)
     for name, row in result["formats"].items():
-        print(name, row)
         worst = max(abs(row["many_tokens_ratio"] - 1), abs(row["single_tokens_ratio"] - 1))
         assert worst < BOUND, f"{name}: KL divergence {worst:.2%} from the reference kernels'"
 
