@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minibble.runtime.kernels.nvrtc import check
+from minibble.runtime.kernels.pieces import copy_piece, view
 from minibble.runtime.kernels.tiles import Rectangle
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class HostLane:
         if not pieces:
             slot.copy_(source)
         for piece in pieces:
-            _view(slot, piece).copy_(_view(source, piece))
+            view(slot, piece).copy_(view(source, piece))
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         place.copy_(slot)
@@ -131,7 +131,7 @@ class CudaLane:
                 slot.copy_(source, non_blocking=True)
         with torch.cuda.device(self.device):
             for piece in pieces:
-                _copy(slot, source, piece, self.stream)
+                copy_piece(slot, source, piece, self.stream)
         return _recorded(self.stream)
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
@@ -195,22 +195,6 @@ class CudaLane:
             begin, end = self._timed.pop(0)
             self._stall_s += begin.elapsed_time(end) / 1e3
         return self._stall_s
-
-
-def _view(record: Tensor, piece: Rectangle) -> Tensor:
-    return record.as_strided((piece.height, piece.width), (piece.pitch, 1), record.storage_offset() + piece.start)
-
-
-def _copy(slot: Tensor, source: Tensor, piece: Rectangle, stream: torch.cuda.Stream) -> None:
-    """Copy a piece of a record in host memory: torch would first make one stretch of it."""
-    from cuda.bindings import driver
-
-    copy = driver.CUDA_MEMCPY2D()
-    copy.srcMemoryType, copy.srcHost = driver.CUmemorytype.CU_MEMORYTYPE_HOST, source.data_ptr() + piece.start
-    copy.dstMemoryType, copy.dstDevice = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE, slot.data_ptr() + piece.start
-    copy.srcPitch = copy.dstPitch = piece.pitch or piece.width
-    copy.WidthInBytes, copy.Height = piece.width, piece.height
-    check(driver.cuMemcpy2DAsync(copy, stream.cuda_stream), f"copy of {piece} to {slot.device}")
 
 
 def _recorded(stream: torch.cuda.Stream, timed: bool = False) -> Mark:
