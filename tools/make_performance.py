@@ -63,6 +63,8 @@ def full_size() -> list[str]:
         "Routers are given noise where it matters which experts come, so that each token has its own: uniformly, or by "
         "Zipf's law with exponent 1. Logits with experts off the GPU were the same to the bit. Behind the rate is what "
         "the plan expected; hosts of one kind differ by a tenth and more where experts come from host memory. "
+        "Divided are experts of which the CPU computes a part when they miss (`--cpu-experts`), in one run with the "
+        "rows without. "
         "transformers with bitsandbytes, expert by expert (H200): 6.2 tokens/s, prompts 2,813."
     )
     head = ["GPUs", "allowed", "routing", "experts on GPU, host, disk", "missed a token", "tokens/s", "32 at once",
