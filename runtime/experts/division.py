@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import cycle, islice
 from statistics import mean
 from typing import Literal
@@ -61,10 +62,10 @@ def computed_units(D: int, F: int, format: Format, record_nbytes: int, device: t
     step, threads = math.lcm(COLUMNS, format.block_size), torch.get_num_threads()
     copy = Copy(record_nbytes, device)
     try:
-        copy_s, found = copy.seconds(), {}
+        copy_s, found, made = copy.seconds(), {}, cache(lambda units: made_up(D, units, format))
         for number in range(max(1, threads - 1), threads + 1):
             torch.set_num_threads(number)
-            found[number] = balanced(F, step, copy_s, lambda units: compute_seconds(D, units, format, copy))
+            found[number] = balanced(F, step, copy_s, lambda units: compute_seconds(made(units), copy))
     finally:
         torch.set_num_threads(threads)
         copy.close()
@@ -91,9 +92,8 @@ def balanced(units: int, step: int, copy_s: float, compute_s: Callable[[int], fl
     return (found, takes_s) if found and takes_s <= (1 - LEAST_GAIN) * copy_s else (0, copy_s)
 
 
-def compute_seconds(D: int, units: int, format: Format, copy: "Copy") -> float:
-    """How long the CPU takes for one token and so many hidden units of an expert, as in decoding: while others come,
-    and after it has waited for some."""
+def made_up(D: int, units: int, format: Format) -> Processor:
+    """A few experts of hidden size `D`, of which the CPU has so many hidden units."""
     processor = Processor([(0, expert) for expert in range(_EXPERTS)], units)
     kinds: tuple[tuple[Literal["gate_up", "down"], list[tuple[int, int]]], ...]
     kinds = ("gate_up", [(units, D), (units, D)]), ("down", [(D, units)])
@@ -101,7 +101,13 @@ def compute_seconds(D: int, units: int, format: Format, copy: "Copy") -> float:
         for kind, shapes in kinds:
             codes, scales = torch.zeros(D * units // 2, dtype=torch.uint8), torch.ones(D * units // format.block_size)
             processor.put(key, kind, [format.assemble(shape, codes, scales, torch.bfloat16) for shape in shapes])
-    x, times = torch.ones(1, D), []
+    return processor
+
+
+def compute_seconds(processor: Processor, copy: "Copy") -> float:
+    """How long the CPU takes for one token and its units of an expert, as in decoding: while others come, and after it
+    has waited for some."""
+    x, times = torch.ones(1, processor.columns), []
     for key in islice(cycle(sorted(processor.keys)), _WARM + _ROUNDS):
         copy.begin()
         began = time.perf_counter()

@@ -32,6 +32,11 @@ class Processor:
     def nbytes(self) -> int:
         return sum(packed.nbytes for held in (self._gate_up, self._down) for packed in held.values())
 
+    @property
+    def columns(self) -> int:
+        """The hidden size of the experts that have been put."""
+        return next(iter(self._gate_up.values())).shape[1]
+
     def put(self, key: Key, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
         """Lay out gate and up, [F, D] each, or down, [D, F], if the expert is one of `keys`; on any device."""
         if key in self.keys:

@@ -43,7 +43,6 @@ class OffloadedTable(RecordTable):
     def put(self, expert: int, kind: Literal["gate_up", "down"], parts: Sequence[QuantizedTensor]) -> None:
         """As of all tables; gate and up come before down, after which the record is complete."""
         place = self.store.put(self.layer, expert)
-        parts = [q.to(place.device) for q in parts]
         self.lay_out(place, kind, parts)
         if self.processor is not None:
             self.processor.put((self.layer, expert), kind, parts)

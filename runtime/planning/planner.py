@@ -30,10 +30,8 @@ HALVED = 3  # times that pieces of prompts are halved where memory is short
 MOST_LOST = 0.02  # of the rate of decoding, for larger pieces of prompts
 # Pieces of a prompt overlap on several GPUs: 8,192 tokens on two H200 took 0.94 s by 2,048 at a time, 1.01 by 4,096.
 PIPELINE_PIECES = 2
-
-Planned = Callable[
-    [int, int, int], Placement
-]  # for pieces of so many tokens, bytes pinned, bytes of the embedding moved
+# A placement for pieces of so many tokens, bytes pinned, and bytes of the embedding moved.
+Planned = Callable[[int, int, int], Placement]
 
 
 def plan_placement(

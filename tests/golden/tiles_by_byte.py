@@ -24,7 +24,7 @@ def read_back(data: bytes, layout: TileLayout) -> Tensor:
     if layout.nested:
         meta = layout.meta_start + 8 * (row // 16)
         block = _numbers(memory, meta, torch.int32) + in_tile * (layout.K // 64) + column // 64
-        # Of padding there is no block: any will do, its codes are 0.
+        # Of padding there is no block: any will do, its levels are 0.
         place = (layout.nested_start + 4 * (block >> 8)).clamp(max=len(memory) - 4)
         nested, offset = _numbers(memory, place, torch.float32), _numbers(memory, meta + 4, torch.float32)
         scale = dynamic_map()[memory[at].long()] * nested + offset

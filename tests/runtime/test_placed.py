@@ -98,7 +98,7 @@ def divided(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Itera
     """One whose experts can be divided, 512 hidden units for the GPU and 256 for the CPU."""
     with pytest.MonkeyPatch.context() as context:
         context.setattr(division.Copy, "seconds", lambda self: 1.0)
-        context.setattr(division, "compute_seconds", lambda D, units, format, copy: units / 512)
+        context.setattr(division, "compute_seconds", lambda processor, copy: processor.units / 512)
         context.setattr(division, "AROUND_S", 0.0)
         yield quantized(tmp_path_factory.mktemp("divided"), make_source, hidden_size=256, intermediate_size=768)
 
@@ -209,7 +209,7 @@ def test_experts_on_disk_come_whole(
 
 def test_no_experts_on_a_cpu_that_is_too_slow(divided: Path, machine: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(division, "compute_seconds", lambda D, units, format, copy: 60.0)
+        context.setattr(division, "compute_seconds", lambda processor, copy: 60.0)
         with pytest.warns(
             UserWarning, match="the CPU computes no parts of experts: with 768 hidden units, on 1 threads"
         ):

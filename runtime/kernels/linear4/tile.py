@@ -222,7 +222,10 @@ def _launch(
     with torch.cuda.device(device):
         x_map = _tensor_map(x.data_ptr(), *x.shape, 64 if tokens == _WIDE else tokens)
         grid = cluster * min(clusters, most or clusters)
-        kernel.launch(grid, _threads(tokens), [x_map, problem], _SHARED_NBYTES, overlap=True, cluster=cluster)
+        threads = (
+            128 + 2 * _ROWS[tokens] // cluster
+        )  # of a block: a warp for each 16 rows, and four that copy and decode
+        kernel.launch(grid, threads, [x_map, problem], _SHARED_NBYTES, overlap=True, cluster=cluster)
 
 
 @cache
@@ -273,11 +276,6 @@ def _tensor_map(address: int, rows: int, columns: int, box: int) -> _TensorMap:
     if int(status):
         raise nvrtc.KernelError(f"tensor map of [{rows}, {columns}] at {address:#x}: {status.name}")
     return _TensorMap.from_buffer_copy(ctypes.string_at(int(made.getPtr()), ctypes.sizeof(_TensorMap)))
-
-
-def _threads(tokens: int) -> int:
-    """Of a block: THREADS of tile_shape.cuh."""
-    return 640 if tokens <= 32 else 512 if tokens == 64 else 384
 
 
 @cache

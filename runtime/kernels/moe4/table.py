@@ -82,8 +82,8 @@ class RecordTable:
         if not most:
             raise KernelError(f"{device}: too little shared memory for one token through these experts")
         if most < M:  # cards with less shared memory than Hopper's take them in turns
-            given = (y_MD, ids_MA, weights_MA) if units_MA is None else (y_MD, ids_MA, weights_MA, units_MA)
-            each = zip(*(tensor.split(most) for tensor in given), strict=True)
+            given = (y_MD, ids_MA, weights_MA, units_MA)
+            each = zip(*(tensor.split(most) for tensor in given if tensor is not None), strict=True)
             return torch.cat([self.decode(*some).sum(0, keepdim=True) for some in each], dim=1)
         h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
         # Made contiguous before the first launch: the second one reads the ids while that is still under way.

@@ -48,13 +48,13 @@ def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up experts are computed and copied; blocks longer than a step divide at their ends."""
     threads = torch.get_num_threads()
     copy = division.Copy(1 << 20, CPU)
-    assert 0 < copy.seconds() < 60 and 0 < division.compute_seconds(128, 256, NF4(), copy) < 60
+    assert 0 < copy.seconds() < 60 and 0 < division.compute_seconds(division.made_up(128, 256, NF4()), copy) < 60
     copy.close()
     found = division.computed_units(128, 1024, NF4(), 1 << 20, CPU)
     assert found in (0, 256, 512) and torch.get_num_threads() == threads
     monkeypatch.setattr(division.Copy, "seconds", lambda self: 1.0)
-    monkeypatch.setattr(division, "compute_seconds", lambda D, units, format, copy: 0.0)
-    assert division.computed_units(128, 2048, NF4(block_size=512), 1 << 20, CPU) == 1024
+    monkeypatch.setattr(division, "compute_seconds", lambda processor, copy: 0.0)
+    assert division.computed_units(512, 2048, NF4(block_size=512), 1 << 20, CPU) == 1024
 
 
 def test_the_quicker_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +67,12 @@ def test_the_quicker_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setattr(
                 division,
                 "compute_seconds",
-                lambda D, units, format, copy: units / 2048 * (0.9 if torch.get_num_threads() == quicker else 1.2),  # noqa: B023
+                lambda processor, copy: processor.units / 2048 * (0.9 if torch.get_num_threads() == quicker else 1.2),  # noqa: B023
             )
             assert division.computed_units(128, 2048, NF4(), 1 << 20, CPU) > 0
             assert torch.get_num_threads() == quicker
         torch.set_num_threads(4)
-        monkeypatch.setattr(division, "compute_seconds", lambda D, units, format, copy: 60.0)
+        monkeypatch.setattr(division, "compute_seconds", lambda processor, copy: 60.0)
         assert division.computed_units(128, 2048, NF4(), 1 << 20, CPU) == 0 and torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
