@@ -217,8 +217,9 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
             x = hop(x, layer.device)
             a, b = layer.attention, layer.post_norm
             y = norm_residual(x, a(x, there)[None], layer.alpha, layer.beta, b.weight, b.eps)
-            parts, weight = layer.moe.summands(y), following.weight_on(x.device)
-            x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
+            weight = following.weight_on(y.device)
+            # Unnamed, so that its memory is free again when the next layer needs most.
+            x = norm_residual(y, layer.moe.summands(y), layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
         return x
 
     def _on_devices(self, context: Context) -> Iterator[tuple[Any, Context]]:

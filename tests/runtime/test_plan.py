@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from minibble.quantize.checkpoint import Checkpoint
+from minibble.quantize.formats import format_named
 from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime import plan
+from minibble.runtime.bench.layers import random_model, real_config
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.layout import by_module
-from minibble.runtime.plan import held_dtype, loading_nbytes, plan_memory
+from minibble.runtime.plan import fused_workspace_nbytes, held_dtype, loading_nbytes, plan_memory
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,3 +66,26 @@ def test_prompts_go_in_larger_pieces_on_gpus(checkpoint: Checkpoint, monkeypatch
         plan_memory(checkpoint, device, torch.bfloat16, context=10_000, batch=2)
     plan_memory(checkpoint, CUDA, torch.bfloat16, context=100)
     assert asked == [2 * plan.PREFILL_CHUNK_CUDA, 2 * plan.PREFILL_CHUNK, 100]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [(0, 0, 0), (0, 1, 0)], ids=["lightning", "softmax between"])
+@pytest.mark.parametrize("tokens", [2048, 8192])
+def test_a_prompt_takes_no_more_than_its_workspace(
+    cuda_device: torch.device, pattern: tuple[int, ...], tokens: int
+) -> None:
+    """At the released model's sizes, several layers one after the other."""
+    config = real_config(pattern, num_local_experts=4)
+    format = format_named("nf4-dq")
+    assert format is not None
+    model = random_model(config, format, cuda_device)
+    model.prefill_chunk = tokens
+    ids = torch.randint(config.vocab_size, (1, tokens), device=cuda_device)
+    for _ in range(2):  # the first makes what is kept
+        torch.cuda.reset_peak_memory_stats(cuda_device)
+        before = torch.cuda.memory_allocated(cuda_device)
+        with torch.inference_mode():
+            model(ids, use_cache=False, logits_to_keep=1)
+    taken = torch.cuda.max_memory_allocated(cuda_device) - before
+    work = fused_workspace_nbytes(config, torch.bfloat16, tokens) - fused_workspace_nbytes(config, torch.bfloat16, 0)
+    assert 0.75 * work < taken <= 1.02 * work

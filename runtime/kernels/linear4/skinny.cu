@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     }
 
     int slot = 0;
-    u32 parity = 0;
+    u32 parity = 0, key = decoding_key(lane);
     float sums[2][4 * FRAGMENTS] = {};
     for (int unit = start; unit < stop;) {
         bool other_x = unit == start;
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
                 load_operands(operands, at, x, lane);
                 __syncwarp();
                 if (more) refill(slot);
-                multiply_half<1>(sh, operands, scales, sums, lane);
+                multiply_half<1>(sh, operands, scales, sums, key);
                 if (++slot == a.slots) slot = 0, parity ^= 1;
                 at = ring + slot * SLOT_NBYTES;
                 barrier_wait(bars + slot, parity);
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
                 load_operands(operands, at, x, lane);
                 __syncwarp();
                 if (more) refill(slot);
-                multiply_half<0>(sh, operands, scales, sums, lane);
+                multiply_half<0>(sh, operands, scales, sums, key);
                 if (++slot == a.slots) slot = 0, parity ^= 1;
                 int tile = now.tile;
                 stream_step(now);

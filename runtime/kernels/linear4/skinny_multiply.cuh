@@ -1,18 +1,24 @@
 // Of skinny.cu: a chunk of weights times the tokens of a job.
 
+#define BIASED_ZERO 0x43004300  // two bfloat16 of 128; with a nibble in its last bits, 128 + code
+#define MINUS_BIAS 0xc308c308   // -136: a code of 8 is a weight of 0
+
+// What decoding needs: where a lane's own of each entry of the table is, or 0x000f000f. That one is to be in a register,
+// as an instruction takes one constant only, so it comes from a vote, which the assembler cannot foresee.
+__device__ inline u32 decoding_key(int lane) {
+    return SCALE_KIND == 2 ? __ballot_sync(0xffffffff, (lane & 12) == 0) : lane * 4;
+}
+
 // A's registers of one step from the codes of 8 weights.
 struct Levels {
     u32 a[4];
 #if SCALE_KIND == 2
-    // Integers: a nibble under 0x4300 is the bfloat16 128 + code. Even columns come together, and odd ones: `order_x`.
-    __device__ inline Levels(const char*, u32 codes, u32) {
-        a[0] = centred(codes >> 4);
-        a[1] = centred(codes >> 12);
-        a[2] = centred(codes);
-        a[3] = centred(codes >> 8);
-    }
-    __device__ static inline u32 centred(u32 codes) {
-        return fma_pairs((codes & 0x000f000f) | 0x43004300, 0x3f803f80, 0xc308c308);  // - 136
+    // Integers, 136 too large, which `bias` makes good. Even columns come together, and odd ones: `order_x`.
+    __device__ inline Levels(const char*, u32 codes, u32 nibbles) {
+        a[0] = (codes >> 4 & nibbles) | BIASED_ZERO;
+        a[1] = (codes >> 12 & nibbles) | BIASED_ZERO;
+        a[2] = (codes & nibbles) | BIASED_ZERO;
+        a[3] = (codes >> 8 & nibbles) | BIASED_ZERO;
     }
 #else
     // By the table: a byte's two levels are one look-up. Entries 256 bytes apart have a byte of the codes as the second
@@ -99,19 +105,41 @@ __device__ inline void load_operands(Operands& o, const char* codes, const char*
     }
 }
 
+// What the sums over some columns begin with: for integers, which are 136 too large, -136 times those of x.
+template <int STEPS>
+__device__ inline void bias(const Operands& o, int kb, int s0, float (&sums)[4 * FRAGMENTS]) {
+#if SCALE_KIND == 2
+    const u32 minus_bias[4] = {MINUS_BIAS, MINUS_BIAS, MINUS_BIAS, MINUS_BIAS};
+#pragma unroll
+    for (int s = s0; s < s0 + STEPS; ++s)
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+            const u32* b = o.b[kb][f][s / 2] + s % 2 * 2;
+            mma(sums + 4 * f, minus_bias, b[0], b[1]);
+        }
+#endif
+}
+
 template <int HALF>
 __device__ inline void multiply_half(const Shared& sh, const Operands& o, const RowScales (&scales)[2][2],
-                                     float (&sums)[2][4 * FRAGMENTS], int lane) {
+                                     float (&sums)[2][4 * FRAGMENTS], u32 key) {
 #pragma unroll
     for (int s0 = 0; s0 < 4; s0 += STEPS_PER_SCALE) {
-        float part[2][2][4 * FRAGMENTS] = {};  // four chains of products side by side
+        float part[2][2][4 * FRAGMENTS];  // four chains of products side by side
+#pragma unroll
+        for (int kb = 0; kb < 2; ++kb) {
+            float first[4 * FRAGMENTS] = {};
+            bias<STEPS_PER_SCALE>(o, kb, s0, first);
+#pragma unroll
+            for (int i = 0; i < 4 * FRAGMENTS; ++i) part[kb][0][i] = part[kb][1][i] = first[i];
+        }
 #pragma unroll
         for (int s = s0; s < s0 + STEPS_PER_SCALE; ++s)
 #pragma unroll
             for (int kb = 0; kb < 2; ++kb) {
 #pragma unroll
                 for (int rt = 0; rt < 2; ++rt) {
-                    Levels levels(sh.lut, o.words[kb][rt][s], lane * 4);
+                    Levels levels(sh.lut, o.words[kb][rt][s], key);
 #pragma unroll
                     for (int f = 0; f < FRAGMENTS; ++f) {
                         const u32* b = o.b[kb][f][s / 2] + s % 2 * 2;
