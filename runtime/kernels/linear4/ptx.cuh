@@ -110,12 +110,6 @@ __device__ __forceinline__ void store_matrices_transposed(u32 address, u32 a, u3
                  : "memory");
 }
 
-__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
-    u32 sum;
-    asm("{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, %2;}" : "=r"(sum) : "r"(a), "r"(b));
-    return sum;
-}
-
 __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
@@ -123,12 +117,6 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
 }
 
 // The same of float16.
-__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
-    u32 sum;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
-    return sum;
-}
-
 __device__ __forceinline__ u32 multiply_halves(u32 a, u32 b) {
     u32 product;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));

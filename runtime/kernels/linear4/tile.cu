@@ -81,10 +81,7 @@ __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x
     }
 }
 
-// From two codes of int4: 1024 + code is a float16, 128 + code a bfloat16 with the code in its last bits.
 #if HALF
-__device__ __forceinline__ u32 level_pair(u32 codes) { return add_halves(codes | 0x64006400, 0xe408e408); }
-
 // A scale, for a pair of weights.
 struct Scale {
     u32 twice;
@@ -92,8 +89,6 @@ struct Scale {
     __device__ __forceinline__ u32 times(u32 levels) const { return multiply_halves(levels, twice); }
 };
 #else
-__device__ __forceinline__ u32 level_pair(u32 codes) { return add_pairs(codes | 0x43004300, 0xc308c308); }
-
 // Both parts of a scale, each for a pair of weights.
 struct Scale {
     u32 main, rest;
@@ -108,25 +103,20 @@ struct Scale {
 };
 #endif
 
-// The four A registers of a lane from four bytes of codes; `table` is the lane's column of the table.
+// Two levels of byte I of a word, `table` being the lane's place in every entry of the table.
+template <int I>
+__device__ __forceinline__ u32 level_pair(u32 word, u32 table) {
+    if (TABLE_STRIDE == 256) return load_table(__byte_perm(word, table, 0x7604 + 16 * I) + SHARED_START + TABLE_AT);
+    u32 entry = I ? word >> (8 * I - 7) : word << 7;
+    return load_table((entry & 0x7f80 | table) + SHARED_START + TABLE_AT);
+}
+
+// The four A registers of a lane from four bytes of codes; for `table` see there.
 __device__ __forceinline__ void decode(u32 (&a)[4], u32 word, u32 table, const Scale& upper, const Scale& lower) {
-    u32 levels[4];
-#if NF4
-    levels[0] = load_table((word << 7 & 0x7f80) | table);
-    levels[1] = load_table((word >> 1 & 0x7f80) | table);
-    levels[2] = load_table((word >> 9 & 0x7f80) | table);
-    levels[3] = load_table((word >> 17 & 0x7f80) | table);
-#else
-    u32 high = word >> 4;
-    levels[0] = level_pair(__byte_perm(high, word, 0x4400) & 0x000f000f);
-    levels[1] = level_pair(__byte_perm(high, word, 0x5511) & 0x000f000f);
-    levels[2] = level_pair(__byte_perm(high, word, 0x6622) & 0x000f000f);
-    levels[3] = level_pair(__byte_perm(high, word, 0x7733) & 0x000f000f);
-#endif
-    a[0] = upper.times(levels[0]);
-    a[1] = lower.times(levels[1]);
-    a[2] = upper.times(levels[2]);
-    a[3] = lower.times(levels[3]);
+    a[0] = upper.times(level_pair<0>(word, table));
+    a[1] = lower.times(level_pair<1>(word, table));
+    a[2] = upper.times(level_pair<2>(word, table));
+    a[3] = lower.times(level_pair<3>(word, table));
 }
 
 // Rows of tokens from address >> 4, 8 rows of 128 bytes 1024 bytes apart, swizzled by 128 bytes.
@@ -186,7 +176,7 @@ struct Multiplier {
 
     __device__ Multiplier(u32 base, int thread) : base(base), lane(thread & 31) {
         int warp = thread / 32;
-        table = base + TABLE_AT + 4 * lane;
+        table = base - SHARED_START + 4 * lane;
         scales_at = base + SCALES_AT + (16 * warp + lane / 4) * SCALE_BLOCKS * 4;
         codes_at = base + STAGES_AT + X_NBYTES + warp * 512 + lane * 16;
         keep(table), keep(scales_at), keep(codes_at);  // in registers, not computed anew
@@ -247,14 +237,14 @@ struct Multiplier {
 __device__ __forceinline__ void fill_table(const Problem& p, u32 base, int thread) {
     for (int i = thread; i < 2048; i += 32 * CONSUMERS) {
         u32 levels = p.table[i / 8];
-        store_shared4(base + TABLE_AT + 16 * i, uint4{levels, levels, levels, levels});
+        store_shared4(base + TABLE_AT + i / 8 * TABLE_STRIDE + i % 8 * 16, uint4{levels, levels, levels, levels});
     }
     named_barrier(5, 32 * CONSUMERS);
 }
 
 __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* starts, int tiles) {
     int thread = threadIdx.x - 128, warp = thread / 32;
-    if (NF4) fill_table(p, base, thread);
+    fill_table(p, base, thread);
     Multiplier multiplier(base, thread);
     Sums sums;
     for (Walk walk(tiles, 4 * p.chunks); walk.next();) {

@@ -18,10 +18,8 @@ constexpr int SCALE_SLOTS = 3;
 constexpr int SCALE_SLOT_NBYTES = ROWS * SCALE_BLOCKS * 4;
 constexpr int MAX_EXPERTS = 256;
 
-// The table of levels lies at a multiple of its size, so that a byte's entry is found by OR.
 constexpr int SHARED_START = 1024;  // what the system keeps on sm_90
 constexpr int SHARED_NBYTES = 232448;
-constexpr int TABLE_NBYTES = NF4 ? 32768 : 0;
 constexpr int STARTS_AT = 512;
 constexpr int MAP_AT = STARTS_AT + (GROUPED ? 4 * MAX_EXPERTS + 512 : 0);
 constexpr int SCALES_AT = MAP_AT + (NESTED ? 1024 : 0);
@@ -29,14 +27,15 @@ constexpr int STAGING_PITCH = 48;  // bytes of a token, and a step that spreads 
 constexpr int STAGING_NBYTES = SILU ? 1024 : 16 * STAGING_PITCH;  // of a warp: 16 tokens, or what its neighbour gets
 constexpr int STAGING_AT = SCALES_AT + SCALE_SLOTS * SCALE_SLOT_NBYTES;
 constexpr int SMALL_END = STAGING_AT + (OUT_FLOAT ? 0 : CONSUMERS * STAGING_NBYTES);
-constexpr int TABLE_AT = TABLE_NBYTES - SHARED_START;
-constexpr int STAGES_AT = NF4 ? TABLE_AT + TABLE_NBYTES : (SMALL_END + 1023) / 1024 * 1024;
+// 256 entries, each once for every lane. 256 bytes apart they are found by one instruction less; 256 tokens leave no room.
+constexpr int TABLE_STRIDE = WIDE ? 128 : 256;
+constexpr int TABLE_AT = (SMALL_END + 1023) / 1024 * 1024;
+constexpr int STAGES_AT = TABLE_AT + 256 * TABLE_STRIDE;
 constexpr int BOX_TOKENS = WIDE ? 64 : TOKENS;  // that one copy brings
 constexpr int X_NBYTES = TOKENS * 128;
 constexpr int STAGE_NBYTES = X_NBYTES + ROWS * 32;
 constexpr int STAGES_THAT_FIT = (SHARED_NBYTES - STAGES_AT) / STAGE_NBYTES;
 constexpr int STAGES = STAGES_THAT_FIT < 24 ? STAGES_THAT_FIT : 24;
-static_assert(!NF4 || SMALL_END <= TABLE_AT);
 static_assert(8 * (2 * STAGES + 2 * SCALE_SLOTS) <= STARTS_AT);
 
 __device__ __forceinline__ u32 full_at(u32 base, u32 stage) { return base + 8 * stage; }

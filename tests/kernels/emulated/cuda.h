@@ -227,7 +227,6 @@ static u32 bfloat16_of(float f) {
 static float low_of(u32 pair) { return __uint_as_float(pair << 16); }
 static float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 static u32 pair_of(float low, float high) { return bfloat16_of(low) | bfloat16_of(high) << 16; }
-static u32 add_pairs(u32 a, u32 b) { return pair_of(low_of(a) + low_of(b), high_of(a) + high_of(b)); }
 static u32 multiply_pairs(u32 a, u32 b) { return pair_of(low_of(a) * low_of(b), high_of(a) * high_of(b)); }
 static u32 fma_pairs(u32 a, u32 b, u32 c) {
     return pair_of(std::fma(low_of(a), low_of(b), low_of(c)), std::fma(high_of(a), high_of(b), high_of(c)));
@@ -251,7 +250,6 @@ static u32 half_of(float f) {
 static float first_half(u32 pair) { return float_of_half(pair); }
 static float second_half(u32 pair) { return float_of_half(pair >> 16); }
 static u32 halves(float low, float high) { return half_of(low) | half_of(high) << 16; }
-static u32 add_halves(u32 a, u32 b) { return halves(first_half(a) + first_half(b), second_half(a) + second_half(b)); }
 static u32 multiply_halves(u32 a, u32 b) { return halves(first_half(a) * first_half(b), second_half(a) * second_half(b)); }
 static u32 two_halves(float value) { return halves(value, value); }
 
