@@ -42,7 +42,7 @@ def _experts(store: Any) -> str:
     stats = store.stats
     return (
         f"experts on {store.device}: {stats.hits} hits, {stats.misses} misses ({100 * stats.hit_rate:.1f} % hits), "
-        f"{stats.computed} of them computed by the CPU in part; "
+        f"{stats.computed} of them computed by the CPU in part, {stats.in_place} read in host memory; "
         f"{decimal(stats.bytes_from_host)} came from host memory, {decimal(stats.bytes_from_disk)} from disk; "
         f"{stats.predicted_right} of {stats.prefetched} fetched early were right; waited {stats.stall_s:.2f} s on the "
         f"host, {stats.device_stall_s:.2f} s on the GPU"

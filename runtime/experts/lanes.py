@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minibble.runtime.kernels.device import reads_host
 from minibble.runtime.kernels.pieces import copy_piece, view
 from minibble.runtime.kernels.tiles import Rectangle
 
@@ -56,6 +57,9 @@ class Lane(Protocol):
 
     def unpin(self, memory: Tensor) -> None: ...
 
+    def reached(self, memory: Tensor) -> int | None:
+        """The address at which the device's kernels read pinned host memory; None if they cannot."""
+
     def finish(self) -> None:
         """Let the host wait for everything."""
 
@@ -99,6 +103,9 @@ class HostLane:
         return None
 
     def unpin(self, memory: Tensor) -> None: ...
+
+    def reached(self, memory: Tensor) -> int | None:
+        return None
 
     def finish(self) -> None: ...
 
@@ -186,6 +193,9 @@ class CudaLane:
             code = int(_runtime().cudaHostUnregister(memory.data_ptr()))
         if code:
             log.warning("%d bytes of host memory stay pinned: cudaHostUnregister gave error %d", memory.nbytes, code)
+
+    def reached(self, memory: Tensor) -> int | None:
+        return memory.data_ptr() if reads_host(self.device) else None
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.device)

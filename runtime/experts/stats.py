@@ -9,7 +9,8 @@ class ExpertStats:
 
     An expert asked for is a hit if it was in a slot, or on its way to one, and else a miss; layers with all of their
     experts on the device ask for none while decoding. `predicted_right` are the hits that a prefetch brought, counted
-    once each; `computed` the misses of which the CPU computed a part. `stall_s` is time that the host waited, for the
+    once each; `computed` the misses of which the CPU computed a part, `in_place` those that kernels read from host
+    memory themselves. `stall_s` is time that the host waited, for the
     disk above all; `device_stall_s` time that the device's computing waited for a copy, as far as measured yet.
     """
 
@@ -18,6 +19,7 @@ class ExpertStats:
     prefetched: int = 0
     predicted_right: int = 0
     computed: int = 0
+    in_place: int = 0
     evictions: int = 0
     bytes_from_host: int = 0
     bytes_from_disk: int = 0

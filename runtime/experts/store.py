@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minibble.quantize.errors import CheckpointError
 from minibble.runtime.experts.bank import Bank
+from minibble.runtime.experts.in_place import InPlace, Readable
 from minibble.runtime.experts.lanes import Lane, lane_for
 from minibble.runtime.experts.stats import ExpertStats
 from minibble.runtime.experts.tiering import Key, Tiering
@@ -23,7 +24,8 @@ class ExpertStore:
     """Experts of `record_nbytes` each, placed by `tiering`; `folder` is for those that wait on disk. `pieces` are what
     comes of those that are required in part.
 
-    Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`. One thread
+    Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`; or, where
+    experts are `readable` in place, compute. One thread
     at a time; all computing on streams that wait for each other, none of it being captured meanwhile. BudgetError where
     slots or host memory do not suffice, CheckpointError where the disk fails; the store may be asked again after both.
     """
@@ -43,6 +45,7 @@ class ExpertStore:
         lane = lane_for(device) if lane is None else lane
         self._stats, self._filled = ExpertStats(), set[Key]()
         self._sealed = self._closed = False
+        self._in_place: InPlace | None = None
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
             self._tiers = Tiers(lane, record_nbytes, tiering, folder)
             try:
@@ -75,7 +78,12 @@ class ExpertStore:
         self._stats.device_stall_s = self._bank.lane.stall_s()
         if self._tiers.disk is not None:
             self._stats.buffered_reads = self._tiers.disk.buffered
-        return self._stats.snapshot()
+        found = self._stats.snapshot()
+        if self._in_place is not None:
+            near, far = self._in_place.counted()
+            found.hits, found.misses, found.in_place = found.hits + near, found.misses + far, far
+            found.bytes_from_host += far * self.record_nbytes
+        return found
 
     @property
     def poison_address(self) -> int:
@@ -134,6 +142,12 @@ class ExpertStore:
         self._tiers.seal()
         self._bank.publish()
         self._sealed = True
+        with torch.inference_mode(False):
+            self._in_place = self._found_in_place()
+
+    def readable(self, layer: int) -> Readable | None:
+        """Where kernels find every expert of a layer without `require`; None if they do not."""
+        return None if self._in_place is None else self._in_place.of(layer)
 
     def require(self, layer: int, ids: Iterable[int], partly: Collection[int] = ()) -> None:
         """Let the experts `ids` be there for the computing issued from now on, until `used`; of those `partly`, which
@@ -166,6 +180,7 @@ class ExpertStore:
         """Give back all memory and the file."""
         if not self._closed:
             self._closed = True
+            self._in_place = None
             self._tiers.close()
             self._bank.close()
 
@@ -176,6 +191,12 @@ class ExpertStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _found_in_place(self) -> InPlace:
+        bank, tiers = self._bank, self._tiers
+        near = {key: bank.view(key).data_ptr() for key in bank.resident}
+        far = {key: address for key in tiers.pinned if (address := bank.lane.reached(tiers.host[key])) is not None}
+        return InPlace(self.device, self.tiering, near, far)
 
     def _advance(self) -> None:
         assert self._sealed and not self._closed, "a store is asked after it is sealed and before it is closed"

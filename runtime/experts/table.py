@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.experts.in_place import Readable, worthwhile
 from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.sharing import SharedFetch, look
 from minibble.runtime.experts.store import ExpertStore
-from minibble.runtime.kernels.moe4.table import RecordTable
+from minibble.runtime.kernels.moe4.table import FEW, RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
 
 # Choices for each expert, on average, from which on all of them are brought without asking which ones: of 32 experts
@@ -50,7 +51,9 @@ class OffloadedTable(RecordTable):
             self.store.done(self.layer, expert)
 
     def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
-        """As of all tables; each expert is brought once, and serves all its tokens."""
+        """As of all tables; each expert is brought once, and serves all its tokens, or is read in place."""
+        if len(x_MD) <= FEW and self._readable(ids_MA) is not None:
+            return super().__call__(x_MD, ids_MA, weights_MA)
         everything = range(len(self.addresses))
         many = ids_MA.numel() >= ALL_FROM * len(everything)
         self.bring(everything if many else ids_MA.unique().tolist())
@@ -62,11 +65,31 @@ class OffloadedTable(RecordTable):
             self.store.used(self.layer)
 
     def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | SharedFetch | None":
-        if len(self.store.tiering.resident.get(self.layer, ())) == len(self.addresses):
+        if not self._missing or self._readable(ids_MA) is not None:
             return None
         if self.processor is not None:
             return SharedFetch(self, self.processor, y_MD, ids_MA, weights_MA)
         return Fetch(self, ids_MA)
+
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
+        readable = self._readable(ids_MA)
+        if readable is None:
+            return super().decode(y_MD, ids_MA, weights_MA, units_MA)
+        from minibble.runtime.kernels.moe4.reads import count_reads
+
+        count_reads(ids_MA.contiguous(), readable.far, readable.counts)
+        return self.read(readable.addresses, y_MD, ids_MA, weights_MA)
+
+    @property
+    def _missing(self) -> int:
+        """Experts that are not on the device for good."""
+        return len(self.addresses) - len(self.store.tiering.resident.get(self.layer, ()))
+
+    def _readable(self, ids_MA: Tensor) -> Readable | None:
+        """Where to read the experts of a step in place; None if they are to be brought, or nothing is missing."""
+        if self.processor is not None or not worthwhile(ids_MA.numel(), self._missing, len(self.addresses)):
+            return None
+        return self.store.readable(self.layer)
 
     def bring(self, ids: Iterable[int], partly: Collection[int] = ()) -> None:
         """Have the experts `ids` there for what is issued from now on, of those `partly` the first hidden units."""

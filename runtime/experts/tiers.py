@@ -51,6 +51,7 @@ class Tiers:
     def __init__(self, lane: Lane, record_nbytes: int, placement: Tiering, folder: Path | None):
         self.lane, self.record_nbytes = lane, record_nbytes
         self.host: dict[Key, Tensor] = {}
+        self.pinned: frozenset[Key] = frozenset()  # those in host memory that is
         self.disk: DiskRecords | None = None
         self._memory: list[HostRecords] = []
         self._buffers: list[Tensor] = []
@@ -139,6 +140,7 @@ class Tiers:
             self._buffers = self._make_buffers()
         pool = self._take(self.record_nbytes, len(waiting))
         self.host = dict(zip(waiting, pool.records, strict=False))
+        self.pinned = frozenset(self.host)
         rest = waiting[len(self.host) :]
         if rest and folder is None:
             self._take_unpinned(rest, pool.short)

@@ -9,13 +9,14 @@ from itertools import accumulate, pairwise
 import torch
 
 from minibble.quantize.errors import BudgetError, ConfigError
+from minibble.runtime.experts.in_place import worthwhile
 from minibble.runtime.experts.tiers import BUFFERS
 from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source
 from minibble.runtime.planning.device_bytes import Demand, default_chunk, model_bytes
 from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.placement import DevicePlan, Ids, Placement
 from minibble.runtime.planning.processors import computable
-from minibble.runtime.planning.rates import HOP_S, STEP_S, chances, missed_seconds, summed
+from minibble.runtime.planning.rates import HOP_S, STEP_S, Missed, chances, summed
 from minibble.runtime.planning.shares import Expert, shares_of
 from minibble.runtime.planning.shortage import GpuShortage, gpu_shortage, host_shortage
 from minibble.runtime.planning.split import Split, Splitter
@@ -154,7 +155,8 @@ def _planned(
     splits = [split for n in numbers if (split := planner.best(n, limits, total)) is not None]
     if not splits:
         raise gpu_shortage(splitter, limits, total, context, batch)
-    found = [_placed(planner, split, machine, needed, (context, batch, chunk), dtype) for split in splits]
+    choices = batch * config.experts_per_token
+    found = [_placed(planner, split, machine, needed, choices, (context, batch, chunk), dtype) for split in splits]
     placements = [placement for placement in found if placement is not None]
     if not placements:
         raise host_shortage(planner, splits, machine, STAGING_RECORDS)
@@ -182,6 +184,7 @@ def _placed(
     split: Split,
     machine: Machine,
     needed: Sequence[Sequence[float]],
+    choices: int,
     run: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> Placement | None:
@@ -198,11 +201,9 @@ def _placed(
     context, batch, chunk = run
     host_bytes = (pinned + (staging if pinned < len(missing) else 0)) * record
     computed = computable(in_host, host_bytes, machine)
-    divided = sum(needed[layer][expert] for layer, expert in computed) if batch == 1 else 0.0
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
     seconds += HOP_S * (len(devices) - 1) + STEP_S
-    pauses = sum(len(ids) < planner.experts for d in devices for ids in d.resident)
-    seconds += missed_seconds(summed(needed, in_host), summed(needed, on_disk), divided, pauses, record, machine)
+    seconds += _missed(needed, in_host, on_disk, computed, choices, batch).seconds(record, machine)
     return Placement(
         devices=devices,
         pinned=in_host,
@@ -219,6 +220,30 @@ def _placed(
         embedding_bytes=planner.demand.moved_bytes,
         computed=computed,
         division=machine.division if computed else None,
+    )
+
+
+def _missed(
+    needed: Sequence[Sequence[float]], in_host: Ids, on_disk: Ids, computed: Sequence[Expert], choices: int, batch: int
+) -> Missed:
+    """What a step of so many choices a layer is expected to miss, and how it gets that."""
+    experts = len(needed[0])
+    in_place = [
+        not computed and not disk and worthwhile(choices, len(host), experts)
+        for host, disk in zip(in_host, on_disk, strict=True)
+    ]
+
+    def of(ids: Ids, read: bool) -> float:
+        return summed(needed, [row if place == read else () for row, place in zip(ids, in_place, strict=True)])
+
+    return Missed(
+        in_place=of(in_host, True),
+        copied=of(in_host, False),
+        on_disk=summed(needed, on_disk),
+        divided=sum(needed[layer][expert] for layer, expert in computed) if batch == 1 else 0.0,
+        pauses=sum(
+            bool(host or disk) and not place for host, disk, place in zip(in_host, on_disk, in_place, strict=True)
+        ),
     )
 
 

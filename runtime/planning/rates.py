@@ -1,6 +1,7 @@
 """How fast a placed model should decode: bytes over measured rates, and fixed times for what bytes do not explain."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minibble.runtime.planning.machine import Gpu, Machine
 from minibble.runtime.planning.shares import UNIT, Shares
@@ -17,6 +18,7 @@ STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0
 # 4.8 ms for 2.3 missed (one host was half as fast as the other), 3.9 and 6.9 for 10, 5.0 for 66.
 PAUSE_S, MISS_S = 35e-6, 60e-6
 DIVIDED_S = 100e-6  # of an expert that the CPU computes in part, beside the copy of the rest
+IN_PLACE_SHARE = 0.915  # of the rate of copies, at which kernels read experts in host memory: 50.3 GB/s of 54.9
 
 
 def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
@@ -24,15 +26,24 @@ def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
     return nbytes / min(READ_SHARE * gpu.read_bytes_per_s, DECODED_BYTES_PER_S) + layers * LAYER_S
 
 
-def missed_seconds(
-    pinned: float, on_disk: float, divided: float, pauses: int, record_bytes: int, machine: Machine
-) -> float:
-    """Time for so many of a step's experts that are in host memory and on disk, in `pauses` layers; of the first
-    `divided` are the CPU's in part. A layer's copies wait for its router, and it for them."""
-    rate = min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
-    share = 0.0 if machine.division is None else machine.division.share
-    copied_s = record_bytes * ((pinned - share * divided) / machine.copy_bytes_per_s + on_disk / rate)
-    return copied_s + MISS_S * (pinned + on_disk) + DIVIDED_S * divided + PAUSE_S * pauses
+@dataclass(frozen=True)
+class Missed:
+    """How many of a step's experts are expected to be off the GPUs: read in host memory `in_place`, or copied from
+    there or from disk in `pauses` layers; of those copied from host memory `divided` are the CPU's in part."""
+
+    in_place: float
+    copied: float
+    on_disk: float
+    divided: float
+    pauses: int
+
+    def seconds(self, record_bytes: int, machine: Machine) -> float:
+        """What they take. A layer's copies wait for its router, and it for them."""
+        copies, disk = machine.copy_bytes_per_s, min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
+        share = 0.0 if machine.division is None else machine.division.share
+        moved = self.in_place / (IN_PLACE_SHARE * copies) + (self.copied - share * self.divided) / copies
+        waits_s = MISS_S * (self.copied + self.on_disk) + DIVIDED_S * self.divided + PAUSE_S * self.pauses
+        return record_bytes * (moved + self.on_disk / disk) + waits_s
 
 
 def chances(shares: Shares, experts_per_token: int, batch: int) -> list[list[float]]:

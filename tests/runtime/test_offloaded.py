@@ -224,6 +224,29 @@ def test_logits_are_those_of_the_resident_model(
 
 
 @pytest.mark.gpu
+def test_one_sequence_reads_experts_where_they_wait(cuda_device: torch.device, demo_nf4: Path) -> None:
+    """In one graph, with no request to the store after the prompt: the same logits to the bit."""
+    ids = torch.randint(4, 2000, (1, 70), generator=torch.Generator().manual_seed(5)).to(cuda_device)
+    right = followed(minibble.load(demo_nf4, device=cuda_device), ids, 40)
+    model = minibble.load(demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.6), prefill_chunk=CHUNK)
+    try:
+        state = HybridState(model.minibble, reserve=80)
+        with torch.inference_mode():
+            logits = [model(ids[:, :40], past_key_values=state).logits]
+            before = model.stores[0].stats
+            logits += [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(40, 70)]
+        assert torch.equal(torch.cat(logits, dim=1), right)
+        stats = model.stores[0].stats.since(before)
+        offloaded = sum(layer.moe.packed._missing > 0 for layer in model.layers)  # type: ignore[union-attr]
+        assert stats.in_place == stats.misses > 0 and not stats.evictions and not stats.device_stall_s
+        assert stats.hits + stats.misses == 30 * offloaded * model.minibble.experts_per_token
+        assert stats.bytes_from_host == stats.misses * model.stores[0].record_nbytes
+        assert len(state.bound.graphs) == 1  # type: ignore[union-attr]
+    finally:
+        model.close()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["nf4", "int4"])
 def test_experts_that_the_cpu_computes(
     cuda_device: torch.device,
@@ -329,7 +352,7 @@ def test_memory_runs_out_in_the_middle(
     cuda_device: torch.device, demo_nf4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = minibble.load(demo_nf4, device=cuda_device, gpu_memory=short_of(demo_nf4, 0.6), prefill_chunk=CHUNK)
-    ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(4)).to(cuda_device)
+    ids = torch.randint(4, 2000, (4, 40), generator=torch.Generator().manual_seed(4)).to(cuda_device)
     right = followed(model, ids, 20)
     plain, calls = ExpertStore.require, []
 

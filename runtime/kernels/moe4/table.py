@@ -74,7 +74,18 @@ class RecordTable:
         `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Of each pair's hidden units only the first `units_MA`
         count, int32, all by default. Nothing waits for the device.
         """
-        (M, A), device, E = ids_MA.shape, y_MD.device, len(self.addresses)
+        return self.read(self.addresses, y_MD, ids_MA, weights_MA, units_MA)
+
+    def read(
+        self,
+        addresses_E: Tensor,
+        y_MD: Tensor,
+        ids_MA: Tensor,
+        weights_MA: Tensor,
+        units_MA: Tensor | None = None,
+    ) -> Tensor:
+        """`decode` of records at other addresses than the table's."""
+        (M, A), device, E = ids_MA.shape, y_MD.device, len(addresses_E)
         if not M:
             return torch.zeros(1, 0, self.down.N, device=device)
         most = skinny.most_tokens(self.gate_up, device, True, A, E)
@@ -84,11 +95,11 @@ class RecordTable:
         if most < M:  # cards with less shared memory than Hopper's take them in turns
             given = (y_MD, ids_MA, weights_MA, units_MA)
             each = zip(*(tensor.split(most) for tensor in given if tensor is not None), strict=True)
-            return torch.cat([self.decode(*some).sum(0, keepdim=True) for some in each], dim=1)
+            return torch.cat([self.read(addresses_E, *some).sum(0, keepdim=True) for some in each], dim=1)
         h = torch.empty(M * A, self.down.K, dtype=torch.bfloat16, device=device)
         # Made contiguous before the first launch: the second one reads the ids while that is still under way.
         ids_MA, weights_MA = ids_MA.contiguous(), weights_MA.contiguous()
-        gate_up = skinny.Operand(self.gate_up, table=self.addresses)
+        gate_up = skinny.Operand(self.gate_up, table=addresses_E)
         skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA)
         if units_MA is not None:
             from minibble.runtime.kernels.moe4.units import clear_after
@@ -96,7 +107,7 @@ class RecordTable:
             clear_after(h, units_MA.reshape(-1))
         splits = skinny.splits_for(self.down, M, device, A, E)
         parts = torch.empty(A * splits, M, self.down.N, device=device)
-        down = skinny.Operand(self.down, table=self.addresses, start=self.gate_up.nbytes)
+        down = skinny.Operand(self.down, table=addresses_E, start=self.gate_up.nbytes)
         skinny.launch(down, skinny.DOWN, h, parts, ids=ids_MA, weights=weights_MA, splits=splits)
         return parts
 
