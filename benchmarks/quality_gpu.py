@@ -4,9 +4,9 @@
 
 SOURCE becomes NF4, and with --calibration int4 too. KL divergences from SOURCE on the same windows: by the reference
 kernels in float32, which leaves what the 4 bits do and nothing else; by the same in bfloat16; by the kernels for many
-tokens, a window at once; and by a graph a token, from what SOURCE says in float32. Gate: those through the GPU's kernels
-within 1 % of the first. Rounding sends some tokens to other experts, so fewer windows tell less: 8 of them may differ by
-2 %.
+tokens, windows at once; and by a graph a token, from what SOURCE says in float32. Gate: those through the GPU's kernels
+within 1 % of the first. Rounding sends some tokens to other experts, so fewer windows tell less: 8 of them may differ
+by 2 %.
 """
 
 import argparse

@@ -197,14 +197,19 @@ def quality_gpu() -> list[str]:
         return []
     ways = ("many_tokens", "single_tokens", "bfloat16")
     rows = [
-        [r["hardware"]["gpu"], name, f"{row['float32']:.6f}", *(f"{row[way] / row['float32'] - 1:+.2%}" for way in ways)]
+        [
+            r["hardware"]["gpu"],
+            name,
+            f"{row['float32']:.6f}",
+            *(f"{row[way] / row['float32'] - 1:+.2%}" for way in ways),
+        ]
         for r in measured
         for name, row in r["formats"].items()
     ]
     text = (
         f"`benchmarks/quality_gpu.py`: {measured[0]['source']}, nearest NF4 and calibrated int4; KL divergence to the "
-        f"source over {measured[0]['tokens']:,} tokens by the reference kernels in float32, and how far it is from that "
-        "with bfloat16 activations: by the kernels for many tokens, by those of decode steps, and by the reference "
+        f"source over {measured[0]['tokens']:,} tokens by the reference kernels in float32, and how far it is from "
+        "that with bfloat16 activations: by the kernels for many tokens, by those of decode steps, and by the reference "
         "kernels themselves. Bound for ours: 1 %."
     )
     head = ["", "", "KL in float32", "many tokens", "token by token", "reference kernels"]
