@@ -70,6 +70,7 @@ def load(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,
         )  # fmt: skip
+        division.warn_unless_planned(machine, placement)
         model = Unfilled.placed(checkpoint, placement, folder, capped=gpu_memory is not None)
     else:
         _refuse({"several devices": len(devices) > 1, "host memory": host_memory, "an offload folder": folder,

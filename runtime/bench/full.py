@@ -81,6 +81,7 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
         source, machine, context=longest, gpu_memory=run.gpu_memory,
         counts=counts, prefill_chunk=run.prefill_chunk,
     )  # fmt: skip
+    division.warn_unless_planned(machine, placement)
     used = [torch.device(plan.device) for plan in placement.devices]
     progress(f"placing {sum(map(len, placement.resident))} of {config.num_hidden_layers * config.num_experts} experts")
     for device in used:

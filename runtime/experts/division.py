@@ -24,6 +24,7 @@ from minibble.runtime.kernels.tiles import COLUMNS
 from minibble.runtime.plan import Source
 from minibble.runtime.planning.device_bytes import model_bytes
 from minibble.runtime.planning.machine import Division, Machine
+from minibble.runtime.planning.placement import Placement
 from minibble.runtime.planning.processors import part_nbytes
 
 CPU = torch.device("cpu")
@@ -31,8 +32,8 @@ LEAST_GAIN = 0.1  # of the time that a copy takes, for which the CPU is asked
 # Beside the computing: until what the CPU needs has come to host memory, and until the GPU goes on with what it made.
 # 34 halves of experts a step took 12 ms longer than the copies of the others.
 AROUND_S = 2.5e-4
-_EXPERTS = 3  # different ones that are timed
-_WARM, _ROUNDS = 8, 24  # before: threads start and clocks rise; and those that count
+_WARM, _ROUNDS = 8, 24  # experts before: threads start and clocks rise; and those that count
+_TIMED_NBYTES = 1 << 30  # of different ones: more than a processor's caches hold, as in decoding
 
 
 def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.device) -> Machine:
@@ -50,6 +51,16 @@ def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.d
         return machine
     part = Division(units, units / config.intermediate_size, part_nbytes(source, units, best_dtype(CPU)))
     return replace(machine, division=part)
+
+
+def warn_unless_planned(machine: Machine, placement: Placement) -> None:
+    """A warning if the CPU was to help, some experts will miss, and the plan does not expect it to gain anything."""
+    if machine.division is not None and placement.expected_hit_rate < 1 and not placement.computed:
+        warnings.warn(
+            "the CPU computes no parts of experts: too few that miss find room in host memory a second time for that "
+            "to be quicker than reading them there",
+            stacklevel=3,
+        )
 
 
 def computed_units(D: int, F: int, format: Format, record_nbytes: int, device: torch.device) -> int:
@@ -93,14 +104,15 @@ def balanced(units: int, step: int, copy_s: float, compute_s: Callable[[int], fl
 
 
 def made_up(D: int, units: int, format: Format) -> Processor:
-    """A few experts of hidden size `D`, of which the CPU has so many hidden units."""
-    processor = Processor([(0, expert) for expert in range(_EXPERTS)], units)
+    """Experts of hidden size `D`, of which the CPU has so many hidden units: as many as no cache holds."""
+    number = min(_WARM + _ROUNDS, -(-_TIMED_NBYTES // format.nbytes((3 * units, D))))
+    processor = Processor([(0, expert) for expert in range(number)], units)
     kinds: tuple[tuple[Literal["gate_up", "down"], list[tuple[int, int]]], ...]
     kinds = ("gate_up", [(units, D), (units, D)]), ("down", [(D, units)])
-    for key in processor.keys:
-        for kind, shapes in kinds:
-            codes, scales = torch.zeros(D * units // 2, dtype=torch.uint8), torch.ones(D * units // format.block_size)
-            processor.put(key, kind, [format.assemble(shape, codes, scales, torch.bfloat16) for shape in shapes])
+    for kind, shapes in kinds:
+        codes, scales = torch.zeros(D * units // 2, dtype=torch.uint8), torch.ones(D * units // format.block_size)
+        processor.put((0, 0), kind, [format.assemble(shape, codes, scales, torch.bfloat16) for shape in shapes])
+    processor.repeat((0, 0))
     return processor
 
 

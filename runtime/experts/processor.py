@@ -1,6 +1,7 @@
 """Experts whose last hidden units the CPU computes itself, while the others are copied to the GPU."""
 
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Literal
 
@@ -43,6 +44,11 @@ class Processor:
             (N, K), last = parts[0].shape, self.units
             held, row, column = (self._gate_up, N - last, 0) if kind == "gate_up" else (self._down, 0, K - last)
             held[key] = prepare([_last(part, row, column) for part in parts], CPU, self.dtype)
+
+    def repeat(self, key: Key) -> None:
+        """Give all others of `keys` the weights of `key`, each in memory of its own."""
+        for held in (self._gate_up, self._down):
+            held |= {other: deepcopy(held[key]) for other in self.keys - {key}}
 
     def __call__(self, key: Key, x_MD: Tensor) -> Tensor:
         """Their part of down(silu(gate x) * up x), float32 [M, D], of x [M, D] on the CPU."""

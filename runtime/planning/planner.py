@@ -200,10 +200,12 @@ def _placed(
     in_host, on_disk = (_by_layer(part, planner.layers) for part in (missing[:pinned], missing[pinned:]))
     context, batch, chunk = run
     host_bytes = (pinned + (staging if pinned < len(missing) else 0)) * record
-    computed = computable(in_host, host_bytes, machine)
+    missed_s, computed = min(
+        (_missed(needed, in_host, on_disk, ids, choices, batch).seconds(record, machine), ids)
+        for ids in ((), computable(in_host, host_bytes, machine))
+    )
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
-    seconds += HOP_S * (len(devices) - 1) + STEP_S
-    seconds += _missed(needed, in_host, on_disk, computed, choices, batch).seconds(record, machine)
+    seconds += HOP_S * (len(devices) - 1) + STEP_S + missed_s
     return Placement(
         devices=devices,
         pinned=in_host,

@@ -29,6 +29,7 @@ from minibble.runtime.kernels.moe4 import moe4
 from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.planning import rates
 from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 
@@ -259,6 +260,8 @@ def test_experts_that_the_cpu_computes(
     """A third of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for
     rounding."""
     monkeypatch.setattr(division, "computed_units", lambda *given: 256)
+    for name in ("DIVIDED_S", "MISS_S", "PAUSE_S"):  # beside which experts so small are nothing
+        monkeypatch.setattr(rates, name, 0.0)
     config = tiny.original_json(
         hidden_size=256, intermediate_size=768, vocab_size=2000, num_hidden_layers=3, attn_type_list=[0, 0, 1]
     )

@@ -30,6 +30,7 @@ from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.loading import load
 from minibble.runtime.model import MiniMaxForCausalLM
+from minibble.runtime.planning import rates
 from minibble.runtime.planning.machine import Division, Gpu, Machine
 from minibble.runtime.planning.processors import computable, part_nbytes
 
@@ -100,6 +101,8 @@ def divided(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Itera
         context.setattr(division.Copy, "seconds", lambda self: 1.0)
         context.setattr(division, "compute_seconds", lambda processor, copy: processor.units / 512)
         context.setattr(division, "AROUND_S", 0.0)
+        for name in ("DIVIDED_S", "MISS_S", "PAUSE_S"):  # beside which experts so small are nothing
+            context.setattr(rates, name, 0.0)
         yield quantized(tmp_path_factory.mktemp("divided"), make_source, hidden_size=256, intermediate_size=768)
 
 
@@ -216,6 +219,16 @@ def test_no_experts_on_a_cpu_that_is_too_slow(divided: Path, machine: dict[str, 
             model = placed(divided, 3, cpu_experts=True)
     assert all(layer.moe.packed.processor is None for layer in model.layers)
     assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] == 0
+    model.close()
+
+
+def test_no_experts_on_a_cpu_of_which_the_plan_expects_nothing(divided: Path, machine: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(rates, "DIVIDED_S", 1.0)
+        with pytest.warns(UserWarning, match="to be quicker than reading them there"):
+            model = placed(divided, 3, cpu_experts=True)
+    assert model.placement.computed == () and model.placement.division is None  # type: ignore[union-attr]
+    assert all(layer.moe.packed.processor is None for layer in model.layers)
     model.close()
 
 
