@@ -116,8 +116,9 @@ class Unfilled:
         store = ExpertStore(device, plan.record_bytes, tiers, folder, pieces=pieces)
         self.model.stores.append(store)
         before: OffloadedTable | None = None
+        helped = {layer for layer, _ in own}
         for layer in plan.layers:
-            table = OffloadedTable(store, layer, *layouts, processor)
+            table = OffloadedTable(store, layer, *layouts, processor if layer in helped else None)
             if before is not None:
                 before.following = table
             self._hold(layer, table)

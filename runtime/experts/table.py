@@ -52,7 +52,7 @@ class OffloadedTable(RecordTable):
 
     def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """As of all tables; each expert is brought once, and serves all its tokens, or is read in place."""
-        if len(x_MD) <= FEW and self._readable(ids_MA) is not None:
+        if len(x_MD) <= FEW and (not self._missing or self._readable(ids_MA) is not None):
             return super().__call__(x_MD, ids_MA, weights_MA)
         everything = range(len(self.addresses))
         many = ids_MA.numel() >= ALL_FROM * len(everything)

@@ -229,10 +229,10 @@ def _missed(
     needed: Sequence[Sequence[float]], in_host: Ids, on_disk: Ids, computed: Sequence[Expert], choices: int, batch: int
 ) -> Missed:
     """What a step of so many choices a layer is expected to miss, and how it gets that."""
-    experts = len(needed[0])
+    experts, helped = len(needed[0]), {layer for layer, _ in computed}
     in_place = [
-        not computed and not disk and worthwhile(choices, len(host), experts)
-        for host, disk in zip(in_host, on_disk, strict=True)
+        layer not in helped and not disk and worthwhile(choices, len(host), experts)
+        for layer, (host, disk) in enumerate(zip(in_host, on_disk, strict=True))
     ]
 
     def of(ids: Ids, read: bool) -> float:

@@ -15,10 +15,10 @@
 // all else follows from copies that wait for it.
 //
 // Macros: NF4 (else int4), NESTED (double quantization), SCALE_COLUMNS (columns that share a scale), TOKENS, GROUPED
-// (experts; rows of x sorted by expert), SILU (rows of W alternate by 16 between gate and up; the output is silu(gate) *
-// up), SCATTERED (row i of x makes row rows[i] of the output), SCALED (what row i of x makes is multiplied by factors[i],
-// before SILU), HALF (x is float16, and weights are multiplied as such; else bfloat16), OUT_FLOAT (float32 output, else
-// bfloat16).
+// (experts; rows of x sorted by expert; x is float16, and weights are multiplied as such; else all is bfloat16), SILU
+// (rows of W alternate by 16 between gate and up; the output is silu(gate) * up), SCATTERED (row i of x makes row
+// rows[i] of the output), SCALED (what row i of x makes is multiplied by factors[i], before SILU), OUT_FLOAT (float32
+// output, else bfloat16).
 
 // What one warp copies of a part of a tile.
 struct Copies {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x
     }
 }
 
-#if HALF
+#if GROUPED
 // A scale, for a pair of weights.
 struct Scale {
     u32 twice;

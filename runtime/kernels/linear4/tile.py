@@ -33,7 +33,7 @@ _SOURCES = tuple(
         "tile.cu",
     )
 )
-_FLAGS = ("NF4", "NESTED", "GROUPED", "SILU", "SCATTERED", "SCALED", "HALF", "OUT_FLOAT")  # macros, see tile.cu
+_FLAGS = ("NF4", "NESTED", "GROUPED", "SILU", "SCATTERED", "SCALED", "OUT_FLOAT")  # macros, see tile.cu
 _SHARED_NBYTES = 232448
 # Of a tile; one of 256 is made by two blocks together. 1024 tokens, 6144 -> 9216 on an H100: 167 us in tiles of 256,
 # 192 in tiles of 128.
@@ -238,8 +238,7 @@ def _kernel(
     silu: bool = False,
     scattered: bool = False,
 ) -> nvrtc.Kernel:
-    half = grouped
-    wanted = (layout.levels == "nf4", layout.nested, grouped, silu, scattered, scaled, half, out_float)
+    wanted = (layout.levels == "nf4", layout.nested, grouped, silu, scattered, scaled, out_float)
     return _compiled(frozenset(compress(_FLAGS, wanted)), layout.scale_columns, tokens)
 
 

@@ -1,9 +1,9 @@
 // Scales on their way from the layout to the multiplying warps: decoded, and made two numbers of 16 bits. Macros: see
 // tile.cu.
 
-// A scale twice if HALF, else as its bfloat16 (low half) and what that lacks (high half).
+// A scale twice if GROUPED, else as its bfloat16 (low half) and what that lacks (high half).
 __device__ __forceinline__ u32 in_16_bits(float scale) {
-    if (HALF) return two_halves(scale);
+    if (GROUPED) return two_halves(scale);
     u32 first = pair_of(scale, 0.0f);
     return pair_of(low_of(first), scale - low_of(first));
 }

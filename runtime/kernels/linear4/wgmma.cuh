@@ -1,7 +1,7 @@
 // wgmma m64nNk16: A from registers, B [N tokens][64 k] in shared memory, swizzled by 128 bytes, float32 sums. Macros: see
 // tile.cu.
 
-#if HALF
+#if GROUPED
 #define NUMBERS "f16"
 #else
 #define NUMBERS "bf16"

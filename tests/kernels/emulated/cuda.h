@@ -273,7 +273,7 @@ static void wgmma_wait() {
     }
 }
 
-#if HALF
+#if GROUPED
 static float number_of(u32 bits) { return float_of_half(bits); }
 #else
 static float number_of(u32 bits) { return low_of(bits); }

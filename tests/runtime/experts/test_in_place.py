@@ -133,6 +133,8 @@ def test_full_layers_have_nothing_to_count() -> None:
         assert layout is not None
         full = Read(store, 0, layout, layout)
         assert full.fetch(*chosen(1)) is None and full._readable(chosen(1)[1]) is None
+        full(*chosen(1))
+        assert full.seen is not None and full.seen.data_ptr() == full.addresses.data_ptr() and not store.stats.hits
 
 
 def test_layers_that_lack_an_address_are_left_out() -> None:
