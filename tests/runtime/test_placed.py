@@ -25,7 +25,7 @@ from minibble.runtime.experts.lanes import HostLane
 from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.sharing import SharedFetch
 from minibble.runtime.experts.store import ExpertStore
-from minibble.runtime.kernels.moe4 import table
+from minibble.runtime.kernels.moe4 import reads, table
 from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.loading import load
@@ -33,6 +33,7 @@ from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning import rates
 from minibble.runtime.planning.machine import Division, Gpu, Machine
 from minibble.runtime.planning.processors import computable, part_nbytes
+from minibble.runtime.state import HybridState
 
 IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
 PROMPT = 24
@@ -210,6 +211,44 @@ def test_experts_on_disk_come_whole(
     model.close()
 
 
+@pytest.mark.parametrize("missing", [3, 5])
+def test_experts_read_where_they_wait(
+    folder: Path, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    """By steps of one sequence, without a pause; the kernels' addresses are those of host memory."""
+    right = followed(placed(folder), IDS[:1], PROMPT)
+    monkeypatch.setattr(HostLane, "reached", lambda self, memory: memory.data_ptr())
+    monkeypatch.setattr(reads, "count_reads", lambda ids, far, counts: counts.add_(counted(ids, far)))
+    monkeypatch.setattr(RecordTable, "read", lambda self, addresses, *given: by_address(At(self, addresses), *given))
+    model = placed(folder, missing)
+    (store,) = model.stores
+    state = HybridState(model.minibble, reserve=IDS.shape[1])
+    with torch.inference_mode():
+        logits = [model(IDS[:1, :PROMPT], past_key_values=state).logits]
+        before = store.stats
+        logits += [model(IDS[:1, t : t + 1], past_key_values=state).logits for t in range(PROMPT, IDS.shape[1])]
+    assert torch.equal(torch.cat(logits, dim=1), right)
+    stats, steps = store.stats.since(before), IDS.shape[1] - PROMPT
+    lacking = sum(len(ids) < 4 for ids in store.tiering.resident.values())
+    assert stats.in_place == stats.misses > 0 and not stats.evictions
+    assert stats.hits + stats.misses == 2 * steps * lacking
+    assert stats.bytes_from_host == stats.in_place * store.record_nbytes
+    model.close()
+
+
+class At:
+    """A table whose records are at other addresses."""
+
+    def __init__(self, table: RecordTable, addresses: Tensor):
+        self.gate_up, self.down, self.addresses = table.gate_up, table.down, addresses
+
+
+def counted(ids: Tensor, far: Tensor) -> Tensor:
+    """Different experts near and far."""
+    chosen = far[ids.flatten().unique().long()]
+    return torch.tensor([int((chosen == 0).sum()), int(chosen.sum())])
+
+
 def test_no_experts_on_a_cpu_that_is_too_slow(divided: Path, machine: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as context:
         context.setattr(division, "compute_seconds", lambda processor, copy: 60.0)
@@ -229,6 +268,20 @@ def test_no_experts_on_a_cpu_of_which_the_plan_expects_nothing(divided: Path, ma
             model = placed(divided, 3, cpu_experts=True)
     assert model.placement.computed == () and model.placement.division is None  # type: ignore[union-attr]
     assert all(layer.moe.packed.processor is None for layer in model.layers)
+    model.close()
+
+
+def test_the_cpu_helps_the_layers_of_which_it_holds_experts(divided: Path, machine: dict[str, Any]) -> None:
+    """With room for one: the other layers need not pause for it."""
+    model = placed(divided, 3, cpu_experts=True)
+    placement = model.placement
+    assert placement is not None and placement.division is not None and len(placement.computed) > 3
+    model.close()
+    machine["host_bytes"] = placement.host_bytes + placement.division.nbytes
+    model = placed(divided, 3, cpu_experts=True)
+    ((layer, _),) = model.placement.computed  # type: ignore[union-attr]
+    helped = [i for i, one in enumerate(model.layers) if one.moe.packed.processor is not None]
+    assert helped == [layer]
     model.close()
 
 
