@@ -10,8 +10,8 @@ class ExpertStats:
     An expert asked for is a hit if it was in a slot, or on its way to one, and else a miss; layers with all of their
     experts on the device ask for none while decoding. `predicted_right` are the hits that a prefetch brought, counted
     once each; `computed` the misses of which the CPU computed a part, `in_place` those that kernels read from host
-    memory themselves. `stall_s` is time that the host waited, for the
-    disk above all; `device_stall_s` time that the device's computing waited for a copy, as far as measured yet.
+    memory themselves. `stall_s` is time that the host waited, for the disk above all; `device_stall_s` time that the
+    device's computing waited for a copy, as far as measured yet: reading in place is computing.
     """
 
     hits: int = 0

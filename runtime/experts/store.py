@@ -25,9 +25,9 @@ class ExpertStore:
     comes of those that are required in part.
 
     Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`; or, where
-    experts are `readable` in place, compute. One thread
-    at a time; all computing on streams that wait for each other, none of it being captured meanwhile. BudgetError where
-    slots or host memory do not suffice, CheckpointError where the disk fails; the store may be asked again after both.
+    experts are `readable` in place, compute. One thread at a time; all computing on streams that wait for each other,
+    none of it being captured meanwhile. BudgetError where slots or host memory do not suffice, CheckpointError where
+    the disk fails; the store may be asked again after both.
     """
 
     def __init__(
