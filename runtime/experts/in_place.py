@@ -40,21 +40,18 @@ class InPlace:
     def __init__(self, device: torch.device, tiering: Tiering, near: Mapping[Key, int], far: Mapping[Key, int]):
         """Addresses on the device and in host memory."""
         known = {**far, **near}
-        self.layers = {
-            layer: row
-            for row, layer in enumerate(tiering.layers)
-            if all((layer, expert) in known for expert in range(tiering.experts))
-        }
-        rows, experts = tiering.layers, range(tiering.experts)
-        self._addresses = torch.tensor([[known.get((layer, e), 0) for e in experts] for layer in rows], device=device)
+        every = [[(layer, expert) for expert in range(tiering.experts)] for layer in tiering.layers]
+        whole = [keys for keys in every if all(key in known for key in keys)]
+        self._rows = {keys[0][0]: row for row, keys in enumerate(whole)}
+        self._addresses = torch.tensor([[known[key] for key in keys] for keys in whole], device=device)
         self._far = torch.tensor(
-            [[(layer, e) not in near for e in experts] for layer in rows], dtype=torch.uint8, device=device
+            [[key not in near for key in keys] for keys in whole], dtype=torch.uint8, device=device
         )
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def of(self, layer: int) -> Readable | None:
         """None if an expert of the layer cannot be read where it is."""
-        row = self.layers.get(layer)
+        row = self._rows.get(layer)
         return None if row is None else Readable(self._addresses[row], self._far[row], self._counts)
 
     def counted(self) -> tuple[int, int]:

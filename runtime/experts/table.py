@@ -52,7 +52,7 @@ class OffloadedTable(RecordTable):
 
     def __call__(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
         """As of all tables; each expert is brought once, and serves all its tokens, or is read in place."""
-        if len(x_MD) <= FEW and (not self._missing or self._readable(ids_MA) is not None):
+        if len(x_MD) <= FEW and self._at_hand(ids_MA):
             return super().__call__(x_MD, ids_MA, weights_MA)
         everything = range(len(self.addresses))
         many = ids_MA.numel() >= ALL_FROM * len(everything)
@@ -65,7 +65,7 @@ class OffloadedTable(RecordTable):
             self.store.used(self.layer)
 
     def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | SharedFetch | None":
-        if not self._missing or self._readable(ids_MA) is not None:
+        if self._at_hand(ids_MA):
             return None
         if self.processor is not None:
             return SharedFetch(self, self.processor, y_MD, ids_MA, weights_MA)
@@ -84,6 +84,10 @@ class OffloadedTable(RecordTable):
     def _missing(self) -> int:
         """Experts that are not on the device for good."""
         return len(self.addresses) - len(self.store.tiering.resident.get(self.layer, ()))
+
+    def _at_hand(self, ids_MA: Tensor) -> bool:
+        """Whether kernels find what a step chose without anything being brought."""
+        return not self._missing or self._readable(ids_MA) is not None
 
     def _readable(self, ids_MA: Tensor) -> Readable | None:
         """Where to read the experts of a step in place; None if they are to be brought, or nothing is missing."""

@@ -230,22 +230,17 @@ def _missed(
 ) -> Missed:
     """What a step of so many choices a layer is expected to miss, and how it gets that."""
     experts, helped = len(needed[0]), {layer for layer, _ in computed}
-    in_place = [
-        layer not in helped and not disk and worthwhile(choices, len(host), experts)
+    read = [
+        host if layer not in helped and not disk and worthwhile(choices, len(host), experts) else ()
         for layer, (host, disk) in enumerate(zip(in_host, on_disk, strict=True))
     ]
-
-    def of(ids: Ids, read: bool) -> float:
-        return summed(needed, [row if place == read else () for row, place in zip(ids, in_place, strict=True)])
-
+    copied = [() if here else host for here, host in zip(read, in_host, strict=True)]
     return Missed(
-        in_place=of(in_host, True),
-        copied=of(in_host, False),
+        in_place=summed(needed, read),
+        copied=summed(needed, copied),
         on_disk=summed(needed, on_disk),
         divided=sum(needed[layer][expert] for layer, expert in computed) if batch == 1 else 0.0,
-        pauses=sum(
-            bool(host or disk) and not place for host, disk, place in zip(in_host, on_disk, in_place, strict=True)
-        ),
+        pauses=sum(bool(host or disk) for host, disk in zip(copied, on_disk, strict=True)),
     )
 
 

@@ -50,13 +50,18 @@ def matrix(record: bytes, layout: TileLayout) -> Tensor:
 
 
 def by_address(
-    self: RecordTable, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None
+    self: RecordTable,
+    addresses_E: Tensor,
+    x_MD: Tensor,
+    ids_MA: Tensor,
+    weights_MA: Tensor,
+    units_MA: Tensor | None = None,
 ) -> Tensor:
-    """What the kernels compute, float32 [1, M, D], from the records to which the table on the device points."""
+    """What the kernels compute, float32 [1, M, D], from the records to which the addresses on the device point."""
     out = torch.zeros(x_MD.shape)
     for token, (ids, weights) in enumerate(zip(ids_MA.tolist(), weights_MA.tolist(), strict=True)):
         for slot, (expert, weight) in enumerate(zip(ids, weights, strict=True)):
-            record = ctypes.string_at(int(self.addresses[expert]), self.gate_up.nbytes + self.down.nbytes)
+            record = ctypes.string_at(int(addresses_E[expert]), self.gate_up.nbytes + self.down.nbytes)
             both = (matrix(record, self.gate_up) @ x_MD[token].float()).view(-1, 2, 16)
             hidden = (F.silu(both[:, 0]) * both[:, 1]).flatten()
             if units_MA is not None:
@@ -85,8 +90,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module in (unfilled, model_module):
         monkeypatch.setattr(module, "cap", lambda device, nbytes: there["caps"].append((str(device), nbytes)))
     monkeypatch.setattr(graphs, "unfused", lambda model: None)
-    for method in ("__call__", "decode"):
-        monkeypatch.setattr(RecordTable, method, by_address)
+    monkeypatch.setattr(RecordTable, "read", by_address)
+    monkeypatch.setattr(RecordTable, "__call__", lambda self, *given: by_address(self, self.addresses, *given))
     return there
 
 
@@ -219,7 +224,6 @@ def test_experts_read_where_they_wait(
     right = followed(placed(folder), IDS[:1], PROMPT)
     monkeypatch.setattr(HostLane, "reached", lambda self, memory: memory.data_ptr())
     monkeypatch.setattr(reads, "count_reads", lambda ids, far, counts: counts.add_(counted(ids, far)))
-    monkeypatch.setattr(RecordTable, "read", lambda self, addresses, *given: by_address(At(self, addresses), *given))
     model = placed(folder, missing)
     (store,) = model.stores
     state = HybridState(model.minibble, reserve=IDS.shape[1])
@@ -234,13 +238,6 @@ def test_experts_read_where_they_wait(
     assert stats.hits + stats.misses == 2 * steps * lacking
     assert stats.bytes_from_host == stats.in_place * store.record_nbytes
     model.close()
-
-
-class At:
-    """A table whose records are at other addresses."""
-
-    def __init__(self, table: RecordTable, addresses: Tensor):
-        self.gate_up, self.down, self.addresses = table.gate_up, table.down, addresses
 
 
 def counted(ids: Tensor, far: Tensor) -> Tensor:

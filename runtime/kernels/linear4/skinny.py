@@ -24,6 +24,7 @@ from minibble.runtime.kernels.tiles import CODES_NBYTES, COLUMNS, TileLayout, ke
 SOURCES = (
     "skinny_ptx.cuh",
     "skinny_shape.cuh",
+    "table_entry.cuh",
     "skinny_work.cuh",
     "skinny_multiply.cuh",
     "skinny_output.cuh",

@@ -21,15 +21,10 @@ struct Levels {
         a[3] = (codes >> 8 & nibbles) | BIASED_ZERO;
     }
 #else
-    // By the table: a byte's two levels are one look-up. Entries 256 bytes apart have a byte of the codes as the second
-    // of their address, which saves an instruction of two.
+    // By the table: a byte's two levels are one look-up.
     __device__ inline Levels(const char* lut, u32 codes, u32 lane4) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            u32 entry = TABLE_STRIDE == 256 ? __byte_perm(codes, lane4, 0x5504 + 16 * i)
-                                            : ((i ? codes >> (8 * i - 7) : codes << 7) & 0x7f80) | lane4;
-            a[i] = *(const u32*)(lut + entry);
-        }
+        for (int i = 0; i < 4; ++i) a[i] = *(const u32*)(lut + entry_of(codes, i, lane4));
     }
 #endif
 };

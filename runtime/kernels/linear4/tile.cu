@@ -103,20 +103,13 @@ struct Scale {
 };
 #endif
 
-// Two levels of byte I of a word, `table` being the lane's place in every entry of the table.
-template <int I>
-__device__ __forceinline__ u32 level_pair(u32 word, u32 table) {
-    if (TABLE_STRIDE == 256) return load_table(__byte_perm(word, table, 0x7604 + 16 * I) + SHARED_START + TABLE_AT);
-    u32 entry = I ? word >> (8 * I - 7) : word << 7;
-    return load_table((entry & 0x7f80 | table) + SHARED_START + TABLE_AT);
-}
-
-// The four A registers of a lane from four bytes of codes; for `table` see there.
+// The four A registers of a lane from four bytes of codes; `table` is the lane's place in every entry of the table.
 __device__ __forceinline__ void decode(u32 (&a)[4], u32 word, u32 table, const Scale& upper, const Scale& lower) {
-    a[0] = upper.times(level_pair<0>(word, table));
-    a[1] = lower.times(level_pair<1>(word, table));
-    a[2] = upper.times(level_pair<2>(word, table));
-    a[3] = lower.times(level_pair<3>(word, table));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 levels = load_table(entry_of(word, i, table) + SHARED_START + TABLE_AT);
+        a[i] = (i % 2 ? lower : upper).times(levels);
+    }
 }
 
 // Rows of tokens from address >> 4, 8 rows of 128 bytes 1024 bytes apart, swizzled by 128 bytes.

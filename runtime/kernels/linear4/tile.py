@@ -27,6 +27,7 @@ _SOURCES = tuple(
         "ptx.cuh",
         "wgmma.cuh",
         "tile_shape.cuh",
+        "table_entry.cuh",
         "tile_plan.cuh",
         "tile_scales.cuh",
         "tile_store.cuh",

@@ -27,8 +27,7 @@ constexpr int STAGING_PITCH = 48;  // bytes of a token, and a step that spreads 
 constexpr int STAGING_NBYTES = SILU ? 1024 : 16 * STAGING_PITCH;  // of a warp: 16 tokens, or what its neighbour gets
 constexpr int STAGING_AT = SCALES_AT + SCALE_SLOTS * SCALE_SLOT_NBYTES;
 constexpr int SMALL_END = STAGING_AT + (OUT_FLOAT ? 0 : CONSUMERS * STAGING_NBYTES);
-// 256 entries, each once for every lane. 256 bytes apart they are found by one instruction less; 256 tokens leave no room.
-constexpr int TABLE_STRIDE = WIDE ? 128 : 256;
+constexpr int TABLE_STRIDE = WIDE ? 128 : 256;  // 256 tokens leave no room for more
 constexpr int TABLE_AT = (SMALL_END + 1023) / 1024 * 1024;
 constexpr int STAGES_AT = TABLE_AT + 256 * TABLE_STRIDE;
 constexpr int BOX_TOKENS = WIDE ? 64 : TOKENS;  // that one copy brings
