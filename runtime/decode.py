@@ -85,14 +85,13 @@ def decode_step(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState)
     The state must have started and have room; the caller counts the tokens (`state.advance`).
     """
     steps = stretches(model, inputs, state)
-    try:
-        while True:
-            next(steps).run()
-    except StopIteration as end:
-        logits: Tensor = end.value
-        return logits
-    finally:
-        model.release_experts()
+    with model.using_experts():
+        try:
+            while True:
+                next(steps).run()
+        except StopIteration as end:
+            logits: Tensor = end.value
+            return logits
 
 
 def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -> Stretches:
@@ -110,12 +109,9 @@ def stretches(model: "MiniMaxForCausalLM", inputs: Inputs, state: HybridState) -
         y = norm_residual(x, parts, layer.alpha, layer.beta, layer.post_norm.weight, layer.post_norm.eps)
         ids, weights = layer.moe.route(y)
         fetch = layer.moe.fetch(y, ids, weights)
-        units, extra = None, None
         if fetch is not None:
             yield fetch
-            units, extra = fetch.left()
-        parts, weight = layer.moe.parts(y, ids, weights, units), following.weight_on(x.device)
-        parts = parts if extra is None else torch.cat([parts, extra])
+        parts, weight = layer.moe.parts(y, ids, weights, fetch), following.weight_on(x.device)
         x = norm_residual(y, parts, layer.mlp_alpha, layer.mlp_beta, weight, following.eps)
     return model.head(x, out_dtype=torch.float32)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,6 +161,14 @@ class Decoder:
             warnings.warn(f"decode steps could not be captured and go launch by launch: {error}", stacklevel=2)
 
 
+class Stretch(NamedTuple):
+    """A graph on a device, and the pauses that are made in it and after it once it has been launched."""
+
+    device: torch.device
+    graph: torch.cuda.CUDAGraph
+    pauses: list[Pause]
+
+
 class Bound:
     """What a decode step over one state's tensors reads and writes, and its graphs once captured, one a stretch."""
 
@@ -168,7 +176,7 @@ class Bound:
         self.decoder = weakref.ref(decoder)
         self.inputs = Inputs.empty(model, batch, state.capacity)
         self.devices = list(self.inputs.on)
-        self.graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Pause | None]] = []
+        self.graphs: list[Stretch] = []
         self.logits: Tensor | None = None
         self.warm = False
         self.used = 0
@@ -199,38 +207,37 @@ class Bound:
         if not self.graphs:
             logits, self.warm = decode_step(model, self.inputs, state), True
             return logits
-        try:
-            for device, graph, pause in self.graphs:
-                with torch.cuda.device(device):
-                    graph.replay()
-                if pause is not None:
+        with model.using_experts():
+            for stretch in self.graphs:
+                with torch.cuda.device(stretch.device):
+                    stretch.graph.replay()
+                for pause in stretch.pauses:
                     pause.run()
-        finally:
-            model.release_experts()
         assert self.logits is not None
         return self.logits
 
     def capture(self, model: "MiniMaxForCausalLM", state: HybridState, pools: dict[torch.device, Any]) -> None:
         """Record the step, which has been run before, on the current streams; nothing is computed yet."""
         steps, device = stretches(model, self.inputs, state), model.device
-        graphs: list[tuple[torch.device, torch.cuda.CUDAGraph, Pause | None]] = []
+        graphs: list[Stretch] = []
         logits: Tensor | None = None
         with _no_collection():
             while logits is None:
-                graph, pause = torch.cuda.CUDAGraph(), None
+                stretch = Stretch(device, torch.cuda.CUDAGraph(), [])
                 # Other threads may go on using the device, as a streamer's does.
                 with torch.cuda.device(device):
-                    graph.capture_begin(pool=pools[device], capture_error_mode="thread_local")
+                    stretch.graph.capture_begin(pool=pools[device], capture_error_mode="thread_local")
                     try:
-                        pause = next(steps)
+                        while not (stretch.pauses and stretch.pauses[-1].ends):
+                            stretch.pauses.append(next(steps))
                     except StopIteration as end:
                         logits = end.value
                     finally:
-                        graph.capture_end()
-                graphs.append((device, graph, pause))
-                if pause is not None:
-                    pause.prepare()
-                    device = pause.device
+                        stretch.graph.capture_end()
+                graphs.append(stretch)
+                if logits is None:
+                    stretch.pauses[-1].prepare()
+                    device = stretch.pauses[-1].device
         self.graphs, self.logits = graphs, logits
 
     def release(self) -> None:

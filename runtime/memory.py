@@ -41,10 +41,9 @@ def report(model: "MiniMaxForCausalLM", context: int, batch: int) -> dict[str, A
         measured["peak_gpu_bytes"] = [torch.cuda.max_memory_allocated(device) for device in gpus]
         measured["gpus"] = [gpu_bytes(device) for device in gpus]
     if model.stores or moved:
-        found = (getattr(layer.moe.packed, "processor", None) for layer in model.layers)
-        processors = {processor for processor in found if processor is not None}
         measured["host_bytes"] = sum(store.host_nbytes for store in model.stores) + moved
-        measured["cpu_experts_bytes"] = sum(processor.nbytes for processor in processors)
+        errands = [store.errands for store in model.stores if store.errands is not None]
+        measured["cpu_experts_bytes"] = sum(one.processor.nbytes for one in errands)
         measured["disk_bytes"] = sum(store.disk_nbytes for store in model.stores)
         measured["experts"] = [store.stats.to_json() for store in model.stores]
     return {"predicted": plan(model, context, batch).to_json(), "measured": measured}

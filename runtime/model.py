@@ -4,7 +4,7 @@ Array axes: B batch, T new tokens, L tokens with the past, D hidden, V vocabular
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -240,10 +240,19 @@ class MiniMaxForCausalLM(PreTrainedModel, GenerationMixin):
             for plan in self.placement.devices:
                 cap(torch.device(plan.device), None)
 
-    def release_experts(self) -> None:
-        """Give up the experts that came for work that has been issued."""
-        for store in self.stores:
-            store.used_all()
+    @contextmanager
+    def using_experts(self) -> Iterator[None]:
+        """While work is issued that experts come for: then they are given up, and after an error what waits for more of
+        them ends."""
+        try:
+            yield
+        except BaseException:
+            for store in self.stores:
+                store.give_up()
+            raise
+        finally:
+            for store in self.stores:
+                store.used_all()
 
     def decode_path(self) -> dict[str, int]:
         """How the single tokens after a prompt went through the layers so far: how many each way, or for which reason.

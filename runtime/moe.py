@@ -12,7 +12,7 @@ from minibble.runtime.layers import Linear
 
 if TYPE_CHECKING:
     from minibble.runtime.kernels.moe4.table import RecordTable
-    from minibble.runtime.pipeline import ExpertPause
+    from minibble.runtime.pipeline import Pause
 
 
 class Expert(nn.Module):
@@ -60,16 +60,15 @@ class MoE(nn.Module):
             return self.packed(x_ND, ids, weights).unflatten(1, x_BTD.shape[:-1])
         return moe4(x_ND, ids, weights, self.table).view_as(x_BTD)[None]
 
-    def fetch(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "ExpertPause | None":
-        """The pause in which the chosen experts come that are elsewhere; None if all are always there."""
+    def fetch(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Pause | None":
+        """The pause in which the chosen experts come that are elsewhere or the host's; None if none is needed."""
         return None if self.packed is None else self.packed.fetch(x_MD, ids_MA, weights_MA)
 
-    def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
+    def parts(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, fetch: "Pause | None" = None) -> Tensor:
         """What the experts chosen by `route` add to a few tokens, float32, as parts [S, M, D] whose sum it is.
 
-        Of hidden units the first `units_MA` of each pair count, by default all.
+        `fetch` is the pause made for them.
         """
         if self.packed is not None:
-            return self.packed.decode(x_MD, ids_MA, weights_MA, units_MA)
-        assert units_MA is None
+            return self.packed.decode(x_MD, ids_MA, weights_MA, fetch)
         return moe4(x_MD, ids_MA, weights_MA, self.table).float()[None]

@@ -36,6 +36,7 @@ class Pause(Protocol):
     """What has to happen between two stretches of a decode step; the second one is on `device`."""
 
     device: torch.device
+    ends: bool  # a stretch; else that goes on as if nothing had been, and what the host does in between is its own
 
     def prepare(self) -> None:
         """Make what the next stretch refers to, before that is captured."""
@@ -44,19 +45,13 @@ class Pause(Protocol):
         """Do it, after the first stretch has been issued and before the second is."""
 
 
-class ExpertPause(Pause, Protocol):
-    """One in which experts come, or are computed elsewhere."""
-
-    def left(self) -> tuple[Tensor | None, Tensor | None]:
-        """How many hidden units of each pair are left to the device, int32 [M, A], and what is to be added, float32
-        [1, M, D]; None for all of them and nothing."""
-
-
 class Hop:
     """A pause of a decode step in which `x` goes to `device`, always to the same place, `arrived`.
 
     Both devices' current streams take part, so that a graph's replay on one is followed by one on the other.
     """
+
+    ends = True
 
     def __init__(self, x: Tensor, device: torch.device):
         self.x, self.device = x, device

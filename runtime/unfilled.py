@@ -17,7 +17,7 @@ from minibble.runtime.experts.table import OffloadedTable
 from minibble.runtime.experts.tiering import Tiering
 from minibble.runtime.kernels.linear4 import prepare
 from minibble.runtime.kernels.linear4.skinny import MAX_EXPERTS
-from minibble.runtime.kernels.moe4.table import MOST, ExpertTable, RecordTable, first_units, largest, record_layouts
+from minibble.runtime.kernels.moe4.table import MOST, ExpertTable, RecordTable, largest, record_layouts
 from minibble.runtime.layers import Embedding, Linear
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import Source, default_prefill_chunk, held_dtype
@@ -112,13 +112,12 @@ class Unfilled:
         )
         own, division = [key for key in placement.computed if key[0] in plan.layers], placement.division
         processor = None if division is None or not own else Processor(own, division.units)
-        pieces = [] if processor is None else first_units(*layouts, config.intermediate_size - processor.units)
-        store = ExpertStore(device, plan.record_bytes, tiers, folder, pieces=pieces)
+        units = config.intermediate_size
+        store = ExpertStore(device, plan.record_bytes, tiers, folder, processor=processor, units=units)
         self.model.stores.append(store)
         before: OffloadedTable | None = None
-        helped = {layer for layer, _ in own}
         for layer in plan.layers:
-            table = OffloadedTable(store, layer, *layouts, processor if layer in helped else None)
+            table = OffloadedTable(store, layer, *layouts)
             if before is not None:
                 before.following = table
             self._hold(layer, table)

@@ -7,7 +7,7 @@ of a record full of NaN.
 """
 
 import time
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,6 @@ from minibble.runtime.experts.slots import Slots
 from minibble.runtime.experts.stats import ExpertStats
 from minibble.runtime.experts.tiering import Key, Tiering, keys
 from minibble.runtime.experts.tiers import Tiers, Transfer
-from minibble.runtime.kernels.tiles import Rectangle
 
 _POISON = 0xFF  # a scale made of it is NaN in every floating-point format
 
@@ -33,29 +32,16 @@ class _Slot:
 
 
 class Bank:
-    """One buffer on `device`: the resident experts, the spare slots, and the poison that all others point to.
+    """One buffer on `device`: the resident experts, the spare slots, and the poison that all others point to."""
 
-    `pieces` of a record are what is brought of experts of which a part is enough.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        lane: Lane,
-        tiers: Tiers,
-        placement: Tiering,
-        stats: ExpertStats,
-        pieces: Sequence[Rectangle] = (),
-    ):
-        self.lane, self.tiers, self.stats, self.pieces = lane, tiers, stats, pieces
+    def __init__(self, device: torch.device, lane: Lane, tiers: Tiers, placement: Tiering, stats: ExpertStats):
+        self.lane, self.tiers, self.stats = lane, tiers, stats
         self.rows = {layer: row for row, layer in enumerate(placement.layers)}
         self.resident = {key: place for place, key in enumerate(keys(placement.resident))}
         self.slots = Slots(placement.spare)
         self._of = [_Slot() for _ in range(placement.spare)]
         self._told: dict[Key, int] = {}  # addresses in the table but for residents' and the poison's
         self.records = torch.empty(placement.records, tiers.record_nbytes, dtype=torch.uint8, device=device)
-        if pieces:
-            self.records.zero_()  # what is not brought is read, too, and multiplied by 0: it must be a number
         lane.begin(self.records)
         first, step = self.records.data_ptr() + len(self.resident) * self.records.stride(0), self.records.stride(0)
         self._addresses = range(first, first + placement.spare * step, step)
@@ -102,11 +88,8 @@ class Bank:
         self.slots.held.discard(slot)
         self._set(key, slot)
 
-    def take(self, wanted: list[Key], partly: Collection[Key] = ()) -> None:
-        """Bring, hold and make ready; either all or, after an error, none are held. Of those of `partly`, which are in
-        host memory, a part comes, and they are forgotten when they are no longer held."""
-        assert self.pieces or not partly, "no pieces are known"
-        assert all(key in self.tiers.host for key in partly), "a part of what is not in host memory"
+    def take(self, wanted: list[Key]) -> None:
+        """Bring, hold and make ready; either all or, after an error, none are held."""
         coming = [key for key in wanted if key not in self.resident]
         before = set(self.slots.held)
         self.slots.held |= {slot for key in coming if (slot := self.slots.find(key)) is not None}
@@ -117,8 +100,9 @@ class Bank:
                     f"{missing} experts of layer {wanted[0][0]} must come, {self.room} of {len(self.slots)} slots are "
                     "free for them; plan more slots"
                 )
-            begun = {key: self._bring(key, key in partly) for key in coming}
-            slots = [begun[key] if key in partly else self._settled(key) for key in coming]
+            for key in coming:
+                self._bring(key)
+            slots = [self._settled(key) for key in coming]
             for key, slot in zip(coming, slots, strict=True):
                 self._set(key, slot)
             self.publish()  # while they are on their way
@@ -158,9 +142,6 @@ class Bank:
             for slot in slots:
                 self._of[slot].read = mark
                 self.slots.held.discard(slot)
-                key = self.slots.keys[slot]
-                if key is not None and self.slots.find(key) != slot:  # a part of it
-                    self._forget(slot)
 
     def held_layers(self) -> set[int]:
         """The layers of which something is held."""
@@ -200,10 +181,10 @@ class Bank:
     def _spare(self, slot: int) -> Tensor:
         return self.records[len(self.resident) + slot]
 
-    def _bring(self, key: Key, partly: bool = False) -> int:
+    def _bring(self, key: Key) -> int:
         """The slot of `key`, now held, to which it has come or is on its way."""
         slot = self.slots.find(key)
-        while slot is None and (slot := self._start(key, partly=partly)) is None:
+        while slot is None and (slot := self._start(key)) is None:
             began = time.perf_counter()
             self.tiers.await_buffer()
             self.stats.stall_s += time.perf_counter() - began
@@ -226,7 +207,7 @@ class Bank:
                     self._arrive(slot, transfer)
         return slot
 
-    def _start(self, key: Key, keep: Set[int] = frozenset(), partly: bool = False) -> int | None:
+    def _start(self, key: Key, keep: Set[int] = frozenset()) -> int | None:
         """Begin to bring `key` to a slot; None if it is on disk and all buffers are taken."""
         source = self.tiers.host.get(key)
         if source is None and not self.tiers.may_read():
@@ -239,11 +220,10 @@ class Bank:
         if source is None:
             own.incoming, own.ready = self.tiers.read(key), None
         else:
-            pieces = self.pieces if partly else ()
-            own.incoming, own.ready = None, self.lane.bring(self._spare(slot), source, own.read, pieces)
-            self.stats.bytes_from_host += sum(p.width * p.height for p in pieces) if pieces else source.nbytes
+            own.incoming, own.ready = None, self.lane.bring(self._spare(slot), source, own.read)
+            self.stats.bytes_from_host += source.nbytes
         own.predicted = False
-        self.slots.give(slot, key, partly)
+        self.slots.give(slot, key)
         return slot
 
     def _forget(self, slot: int) -> None:

@@ -1,6 +1,6 @@
-"""How much of a missing expert the CPU computes, while the rest of it is copied to the GPU.
+"""How much of a missing expert the CPU can compute while the GPU reads the rest of it.
 
-An expert is a sum over its hidden units, and those can be divided: the first ones come, the CPU takes the last.
+An expert is a sum over its hidden units, and those can be divided: the GPU takes the first ones, the CPU the last.
 """
 
 import math
@@ -26,12 +26,12 @@ from minibble.runtime.planning.device_bytes import model_bytes
 from minibble.runtime.planning.machine import Division, Machine
 from minibble.runtime.planning.placement import Placement
 from minibble.runtime.planning.processors import part_nbytes
+from minibble.runtime.planning.rates import IN_PLACE_SHARE
 
 CPU = torch.device("cpu")
-LEAST_GAIN = 0.1  # of the time that a copy takes, for which the CPU is asked
+LEAST_GAIN = 0.1  # of the time that reading takes, for which the CPU is asked
 # Beside the computing: until what the CPU needs has come to host memory, and until the GPU goes on with what it made.
-# 34 halves of experts a step took 12 ms longer than the copies of the others.
-AROUND_S = 2.5e-4
+AROUND_S = 1e-4
 _WARM, _ROUNDS = 8, 24  # experts before: threads start and clocks rise; and those that count
 _TIMED_NBYTES = 1 << 30  # of different ones: more than a processor's caches hold, as in decoding
 
@@ -45,12 +45,18 @@ def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.d
     if not units:
         warnings.warn(
             f"the CPU computes no parts of experts: with {config.intermediate_size} hidden units, on "
-            f"{torch.get_num_threads()} threads, that would save less than a tenth of their copies",
+            f"{torch.get_num_threads()} threads, that would save less than a tenth of the time to read them",
             stacklevel=3,
         )
         return machine
-    part = Division(units, units / config.intermediate_size, part_nbytes(source, units, best_dtype(CPU)))
+    whole, step = config.intermediate_size, unit_step(format)
+    part = Division(units, whole, step, part_nbytes(source, units, best_dtype(CPU)))
     return replace(machine, division=part)
+
+
+def unit_step(format: Format) -> int:
+    """Hidden units are divided at multiples of it: kernels take whole chunks, and blocks remain whole."""
+    return math.lcm(COLUMNS, format.block_size)
 
 
 def warn_unless_planned(machine: Machine, placement: Placement) -> None:
@@ -70,13 +76,13 @@ def computed_units(D: int, F: int, format: Format, record_nbytes: int, device: t
     torch is left with the number of threads that was the quicker, all or all but one: this process and the driver have
     other threads, and the slowest of those that share an expert counts.
     """
-    step, threads = math.lcm(COLUMNS, format.block_size), torch.get_num_threads()
+    threads = torch.get_num_threads()
     copy = Copy(record_nbytes, device)
     try:
-        copy_s, found, made = copy.seconds(), {}, cache(lambda units: made_up(D, units, format))
+        read_s, found, made = copy.seconds() / IN_PLACE_SHARE, {}, cache(lambda units: made_up(D, units, format))
         for number in range(max(1, threads - 1), threads + 1):
             torch.set_num_threads(number)
-            found[number] = balanced(F, step, copy_s, lambda units: compute_seconds(made(units), copy))
+            found[number] = balanced(F, unit_step(format), read_s, lambda units: compute_seconds(made(units), copy))
     finally:
         torch.set_num_threads(threads)
         copy.close()
@@ -86,21 +92,21 @@ def computed_units(D: int, F: int, format: Format, record_nbytes: int, device: t
     return found[best][0]
 
 
-def balanced(units: int, step: int, copy_s: float, compute_s: Callable[[int], float]) -> tuple[int, float]:
-    """The multiple of `step` with which the CPU takes as long as copying the others of `units`, at most half of them;
+def balanced(units: int, step: int, read_s: float, compute_s: Callable[[int], float]) -> tuple[int, float]:
+    """The multiple of `step` with which the CPU takes as long as reading the others of `units`, at most half of them;
     and the seconds that both take. 0 where that would gain little.
 
-    All of them take `copy_s` to come, and n of them `compute_s(n)`, which is asked twice and taken to grow evenly.
+    To read all of them takes `read_s`, and n of them `compute_s(n)`, which is asked twice and taken to grow evenly.
     """
     if units % step or units < 3 * step:
-        return 0, copy_s
+        return 0, read_s
     small, large = max(step, units // 4 // step * step), max(2 * step, units // 2 // step * step)
     each_s = max(0.0, compute_s(large) - (begin_s := compute_s(small))) / (large - small)
     begin_s = max(0.0, begin_s - each_s * small) + AROUND_S  # what it takes however few they are
-    found = int((copy_s - begin_s) / (copy_s / units + each_s)) // step * step
+    found = int((read_s - begin_s) / (read_s / units + each_s)) // step * step
     found = max(0, min(found, large))
-    takes_s = max(copy_s * (1 - found / units), begin_s + each_s * found)
-    return (found, takes_s) if found and takes_s <= (1 - LEAST_GAIN) * copy_s else (0, copy_s)
+    takes_s = max(read_s * (1 - found / units), begin_s + each_s * found)
+    return (found, takes_s) if found and takes_s <= (1 - LEAST_GAIN) * read_s else (0, read_s)
 
 
 def made_up(D: int, units: int, format: Format) -> Processor:

@@ -5,15 +5,13 @@ each other. On the CPU everything has happened when a call returns, and marks me
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from minibble.runtime.kernels.device import reads_host
-from minibble.runtime.kernels.pieces import copy_piece, view
-from minibble.runtime.kernels.tiles import Rectangle
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +32,8 @@ class Lane(Protocol):
     def mark(self) -> Mark:
         """The computing issued so far."""
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
-        """Copy a record, or pieces of it, to the device once `after` has passed, beside the computing."""
+    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
+        """Copy a record to the device once `after` has passed, beside the computing."""
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         """Copy a record from the device, among the computing."""
@@ -63,6 +61,9 @@ class Lane(Protocol):
     def finish(self) -> None:
         """Let the host wait for everything."""
 
+    def idle(self) -> bool:
+        """Whether all computing issued so far is done; an error of the device's is raised here."""
+
     def stall_s(self) -> float:
         """Seconds that computing has waited for marks, as far as they are known yet."""
 
@@ -80,11 +81,8 @@ class HostLane:
     def mark(self) -> Mark:
         return None
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
-        if not pieces:
-            slot.copy_(source)
-        for piece in pieces:
-            view(slot, piece).copy_(view(source, piece))
+    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
+        slot.copy_(source)
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
         place.copy_(slot)
@@ -109,6 +107,9 @@ class HostLane:
 
     def finish(self) -> None: ...
 
+    def idle(self) -> bool:
+        return True
+
     def stall_s(self) -> float:
         return 0.0
 
@@ -130,15 +131,11 @@ class CudaLane:
     def mark(self) -> Mark:
         return _recorded(torch.cuda.current_stream(self.device))
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
+    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
         if after is not None:
             self.stream.wait_event(after)
-        if not pieces:
-            with torch.cuda.stream(self.stream):
-                slot.copy_(source, non_blocking=True)
-        with torch.cuda.device(self.device):
-            for piece in pieces:
-                copy_piece(slot, source, piece, self.stream)
+        with torch.cuda.stream(self.stream):
+            slot.copy_(source, non_blocking=True)
         return _recorded(self.stream)
 
     def save(self, place: Tensor, slot: Tensor) -> Mark:
@@ -199,6 +196,9 @@ class CudaLane:
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def idle(self) -> bool:
+        return bool(torch.cuda.current_stream(self.device).query())
 
     def stall_s(self) -> float:
         while self._timed and self._timed[0][1].query():

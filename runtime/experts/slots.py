@@ -7,10 +7,7 @@ from minibble.runtime.experts.tiering import Key
 
 
 class Slots:
-    """`count` slots, each free or one expert's; `held` are those that work in progress needs.
-
-    A slot given `partly` holds less than the expert, which is not `present` by it.
-    """
+    """`count` slots, each free or one expert's; `held` are those that work in progress needs."""
 
     def __init__(self, count: int):
         self.keys: list[Key | None] = [None] * count
@@ -42,20 +39,17 @@ class Slots:
                 return slot
         return None
 
-    def give(self, slot: int, key: Key, partly: bool = False) -> None:
+    def give(self, slot: int, key: Key) -> None:
         """Let a free slot be that of `key`."""
         assert self.keys[slot] is None and key not in self._where
-        self.keys[slot] = key
-        if not partly:
-            self._where[key] = slot
+        self.keys[slot], self._where[key] = key, slot
         self.touch(slot)
 
     def drop(self, slot: int) -> Key | None:
         """Free a slot; returns whose it was."""
         key = self.keys[slot]
         if key is not None:
-            if self._where.get(key) == slot:
-                del self._where[key]
+            del self._where[key]
             self.keys[slot] = None
         self.held.discard(slot)
         return key

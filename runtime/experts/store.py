@@ -1,6 +1,6 @@
 """The experts of one GPU's layers, those that fit on it and those that come when they are needed."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from minibble.quantize.errors import CheckpointError
 from minibble.runtime.experts.bank import Bank
+from minibble.runtime.experts.errands import Errands
 from minibble.runtime.experts.in_place import InPlace, Readable
 from minibble.runtime.experts.lanes import Lane, lane_for
+from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.stats import ExpertStats
 from minibble.runtime.experts.tiering import Key, Tiering
 from minibble.runtime.experts.tiers import Tiers
-from minibble.runtime.kernels.tiles import Rectangle
 
 ALIGNMENT = 256  # bytes; what kernels expect of a record
 
 
 class ExpertStore:
-    """Experts of `record_nbytes` each, placed by `tiering`; `folder` is for those that wait on disk. `pieces` are what
-    comes of those that are required in part.
+    """Experts of `record_nbytes` each, placed by `tiering`; `folder` is for those that wait on disk.
+
+    Of those of `processor` the CPU computes the last of `units` hidden units where they are read in place.
 
     Fill it: `put` and `done` for every expert, then `seal`. Then, for each step: `require`, compute, `used`; or, where
     experts are `readable` in place, compute. One thread at a time; all computing on streams that wait for each other,
@@ -37,7 +39,8 @@ class ExpertStore:
         tiering: Tiering,
         folder: Path | None = None,
         lane: Lane | None = None,
-        pieces: Sequence[Rectangle] = (),
+        processor: Processor | None = None,
+        units: int = 0,
     ):
         assert record_nbytes > 0 and record_nbytes % ALIGNMENT == 0, f"records of {record_nbytes} bytes"
         tiering.check()
@@ -46,13 +49,16 @@ class ExpertStore:
         self._stats, self._filled = ExpertStats(), set[Key]()
         self._sealed = self._closed = False
         self._in_place: InPlace | None = None
+        self.errands: Errands | None = None
         with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
             self._tiers = Tiers(lane, record_nbytes, tiering, folder)
             try:
-                self._bank = Bank(device, lane, self._tiers, tiering, self._stats, pieces)
+                self._bank = Bank(device, lane, self._tiers, tiering, self._stats)
             except BaseException:
                 self._tiers.close()
                 raise
+            if processor is not None:
+                self.errands = Errands(device, lane, processor, units, tiering.experts)
 
     @property
     def lane(self) -> Lane:
@@ -83,6 +89,9 @@ class ExpertStore:
             near, far = self._in_place.counted()
             found.hits, found.misses, found.in_place = found.hits + near, found.misses + far, far
             found.bytes_from_host += far * self.record_nbytes
+        if self.errands is not None:
+            found.computed = self.errands.computed
+            found.bytes_from_host -= int(found.computed * self.errands.share * self.record_nbytes)
         return found
 
     @property
@@ -97,10 +106,6 @@ class ExpertStore:
     def is_here(self, layer: int, expert: int) -> bool:
         """Whether an expert is on the device, or on its way to it."""
         return self._bank.is_here((layer, expert))
-
-    def waits_in_host(self, layer: int, expert: int) -> bool:
-        """Whether an expert is in host memory and neither on the device nor on its way to it."""
-        return (layer, expert) in self._tiers.host and not self.is_here(layer, expert)
 
     def record(self, layer: int, expert: int) -> Tensor:
         """The record of an expert that is resident, or required and not yet given up by `used`."""
@@ -149,22 +154,25 @@ class ExpertStore:
         """Where kernels find every expert of a layer without `require`; None if they do not."""
         return None if self._in_place is None else self._in_place.of(layer)
 
-    def require(self, layer: int, ids: Iterable[int], partly: Collection[int] = ()) -> None:
-        """Let the experts `ids` be there for the computing issued from now on, until `used`; of those `partly`, which
-        are not here but in host memory, a part.
+    def require(self, layer: int, ids: Iterable[int]) -> None:
+        """Let the experts `ids` be there for the computing issued from now on, until `used`.
 
         The host waits for the disk alone. BudgetError if more must come than there are slots.
         """
         self._advance()
         wanted = _distinct(layer, ids)
         hits = self._bank.count_hits(wanted)
-        self._bank.take(wanted, _distinct(layer, partly))
-        self._stats.computed += len(partly)
+        self._bank.take(wanted)
         self._count(wanted, hits)
 
     def used(self, layer: int) -> None:
         """Give up what was required of a layer: all work that reads it has been issued."""
         self._bank.release(layer)
+
+    def give_up(self) -> None:
+        """Let the device end what waits for the CPU's part of experts: nobody is going to compute it."""
+        if self.errands is not None:
+            self.errands.give_up()
 
     def used_all(self) -> None:
         """Give up everything that was required."""

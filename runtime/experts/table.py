@@ -1,18 +1,20 @@
 """A layer's experts where some are elsewhere: brought by the store before the kernels ask for them."""
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from minibble.quantize.tensors import QuantizedTensor
+from minibble.runtime.experts.errands import Errand
 from minibble.runtime.experts.in_place import Readable, worthwhile
-from minibble.runtime.experts.processor import Processor
-from minibble.runtime.experts.sharing import SharedFetch, look
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.kernels.moe4.table import FEW, RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
+
+if TYPE_CHECKING:
+    from minibble.runtime.pipeline import Pause
 
 # Choices for each expert, on average, from which on all of them are brought without asking which ones: of 32 experts
 # 4 choices each leave out half of one.
@@ -22,16 +24,9 @@ ALL_FROM = 4
 class OffloadedTable(RecordTable):
     """The experts of `layer` in `store`, whose slots its layers share."""
 
-    def __init__(
-        self,
-        store: ExpertStore,
-        layer: int,
-        gate_up: TileLayout,
-        down: TileLayout,
-        processor: Processor | None = None,
-    ):
+    def __init__(self, store: ExpertStore, layer: int, gate_up: TileLayout, down: TileLayout):
         super().__init__(gate_up, down, store.addresses(layer))
-        self.store, self.layer, self.processor = store, layer, processor
+        self.store, self.layer = store, layer
         self.following: OffloadedTable | None = None  # that of the next layer in the same store
 
     @property
@@ -45,8 +40,8 @@ class OffloadedTable(RecordTable):
         """As of all tables; gate and up come before down, after which the record is complete."""
         place = self.store.put(self.layer, expert)
         self.lay_out(place, kind, parts)
-        if self.processor is not None:
-            self.processor.put((self.layer, expert), kind, parts)
+        if self.store.errands is not None:
+            self.store.errands.processor.put((self.layer, expert), kind, parts)
         if kind == "down":
             self.store.done(self.layer, expert)
 
@@ -64,21 +59,24 @@ class OffloadedTable(RecordTable):
         finally:
             self.store.used(self.layer)
 
-    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | SharedFetch | None":
-        if self._at_hand(ids_MA):
+    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | Errand | None":
+        if not self._missing:
             return None
-        if self.processor is not None:
-            return SharedFetch(self, self.processor, y_MD, ids_MA, weights_MA)
-        return Fetch(self, ids_MA)
+        if self._readable(ids_MA) is None:
+            return Fetch(self, ids_MA)
+        errands = self.store.errands
+        return None if errands is None else errands.ask(self.layer, y_MD, ids_MA, weights_MA)
 
-    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, fetch: "Pause | None" = None) -> Tensor:
         readable = self._readable(ids_MA)
         if readable is None:
-            return super().decode(y_MD, ids_MA, weights_MA, units_MA)
+            return super().decode(y_MD, ids_MA, weights_MA)
         from minibble.runtime.kernels.moe4.reads import count_reads
 
         count_reads(ids_MA.contiguous(), readable.far, readable.counts)
-        return self.read(readable.addresses, y_MD, ids_MA, weights_MA)
+        if not isinstance(fetch, Errand):
+            return self.read(readable.addresses, y_MD, ids_MA, weights_MA)
+        return torch.cat([self.read(readable.addresses, y_MD, ids_MA, weights_MA, fetch.left), fetch.receive()])
 
     @property
     def _missing(self) -> int:
@@ -91,13 +89,13 @@ class OffloadedTable(RecordTable):
 
     def _readable(self, ids_MA: Tensor) -> Readable | None:
         """Where to read the experts of a step in place; None if they are to be brought, or nothing is missing."""
-        if self.processor is not None or not worthwhile(ids_MA.numel(), self._missing, len(self.addresses)):
+        if not worthwhile(ids_MA.numel(), self._missing, len(self.addresses)):
             return None
         return self.store.readable(self.layer)
 
-    def bring(self, ids: Iterable[int], partly: Collection[int] = ()) -> None:
-        """Have the experts `ids` there for what is issued from now on, of those `partly` the first hidden units."""
-        self.store.require(self.layer, ids, partly)
+    def bring(self, ids: Iterable[int]) -> None:
+        """Have the experts `ids` there for what is issued from now on."""
+        self.store.require(self.layer, ids)
 
 
 class Fetch:
@@ -105,6 +103,8 @@ class Fetch:
 
     The host waits for the router's choice, and for nothing else.
     """
+
+    ends = True
 
     def __init__(self, table: OffloadedTable, ids_MA: Tensor):
         self.table, self.ids, self.device = table, ids_MA, ids_MA.device
@@ -115,13 +115,12 @@ class Fetch:
         if self._seen is None:
             self._seen = torch.empty(self.ids.shape, dtype=self.ids.dtype, pin_memory=self.ids.is_cuda)
 
-    def left(self) -> tuple[None, None]:
-        """What the GPU is to do: all of it."""
-        return None, None
-
     def run(self) -> None:
         """Bring the experts."""
         self.prepare()
         assert self._seen is not None
-        look(self.table.store, [self._seen], [self.ids])
+        store = self.table.store
+        store.used_all()  # the experts of the layers before
+        self._seen.copy_(self.ids, non_blocking=True)
+        store.lane.join(store.lane.mark())
         self.table.bring(self._seen.flatten().tolist())

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,18 +38,6 @@ HALF_SCALE = 64.0
 def usable(dtype: torch.dtype) -> bool:
     """True where kernels that read the layout can be compiled, and take activations of `dtype`."""
     return dtype == torch.bfloat16 and nvrtc.available() and not reference_forced()
-
-
-class Rectangle(NamedTuple):
-    """`height` stretches of `width` bytes, the first from `start` on, each `pitch` after the one before."""
-
-    start: int
-    width: int
-    height: int = 1
-    pitch: int = 0
-
-    def moved(self, nbytes: int) -> "Rectangle":
-        return self._replace(start=self.start + nbytes)
 
 
 @dataclass(frozen=True)
@@ -145,18 +132,6 @@ class TileLayout:
         if not self.nested:
             return self.meta_start
         return _aligned(self.nested_start + 4 * sum(self.nested_counts))
-
-    def first_rows(self, rows: int) -> list[Rectangle]:
-        """The bytes of the first `rows`, a multiple of ROWS."""
-        return [Rectangle(0, rows // ROWS * self.chunks * self.chunk_nbytes), *self._after_tiles()]
-
-    def first_columns(self, columns: int) -> list[Rectangle]:
-        """The bytes of the first `columns` of all rows, a multiple of COLUMNS."""
-        width, pitch = columns // COLUMNS * self.chunk_nbytes, self.chunks * self.chunk_nbytes
-        return [Rectangle(0, width, self.tiles, pitch), *self._after_tiles()]
-
-    def _after_tiles(self) -> list[Rectangle]:
-        return [Rectangle(self.meta_start, self.nbytes - self.meta_start)] if self.nested else []
 
 
 def kernel_levels(levels: Levels, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -1,8 +1,8 @@
 """What a machine offers to a model: GPUs, host memory and disk, and how fast experts come from each."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from minibble.quantize.errors import ConfigError
 from minibble.quantize.sizes import parse_size
@@ -35,12 +35,24 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Division:
-    """The CPU computes the last `units` of a missing expert's hidden units, `share` of them, from `nbytes` of host
-    memory beside its record, while the rest comes."""
+    """The CPU computes the last `units` of a missing expert's `whole` hidden units, from `nbytes` of host memory beside
+    its record, while the GPU reads the others. They can be fewer by multiples of `step`."""
 
     units: int
-    share: float
+    whole: int
+    step: int
     nbytes: int
+
+    @property
+    def share(self) -> float:
+        """Of an expert, the CPU's part."""
+        return self.units / self.whole
+
+    @property
+    def smaller(self) -> Iterator["Division"]:
+        """This one, and those with less for the CPU."""
+        for units in range(self.units, 0, -self.step):
+            yield replace(self, units=units, nbytes=self.nbytes * units // self.units)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Machine:
     """What is there for a model. `gpus` are used from the first on, in this order.
 
     `host_bytes` is the most to pin in host memory, None for whatever is needed; `disk_bytes` the most that experts
-    read from disk again and again may take there, None if none may. With a `division` the CPU helps.
+    read from disk again and again may take there, None if none may. With a `division` the CPU helps, at most so much.
     """
 
     gpus: tuple[Gpu, ...]

@@ -13,10 +13,10 @@ from minibble.runtime.experts.in_place import worthwhile
 from minibble.runtime.experts.tiers import BUFFERS
 from minibble.runtime.plan import PREFILL_CHUNK_CUDA, Source
 from minibble.runtime.planning.device_bytes import Demand, default_chunk, model_bytes
-from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.planning.machine import Division, Gpu, Machine
 from minibble.runtime.planning.placement import DevicePlan, Ids, Placement
-from minibble.runtime.planning.processors import computable
-from minibble.runtime.planning.rates import HOP_S, STEP_S, Missed, chances, summed
+from minibble.runtime.planning.processors import divisions
+from minibble.runtime.planning.rates import HOP_S, STEP_S, Missed, chances, saved_seconds, summed
 from minibble.runtime.planning.shares import Expert, shares_of
 from minibble.runtime.planning.shortage import GpuShortage, gpu_shortage, host_shortage
 from minibble.runtime.planning.split import Split, Splitter
@@ -29,6 +29,7 @@ PREFILL_S = 1.94e-6
 MOST_CHUNK = 4 * PREFILL_CHUNK_CUDA
 HALVED = 3  # times that pieces of prompts are halved where memory is short
 MOST_LOST = 0.02  # of the rate of decoding, for larger pieces of prompts
+ABOUT = 0.9  # of what a step can gain by the CPU is as good
 # Pieces of a prompt overlap on several GPUs: 8,192 tokens on two H200 took 0.94 s by 2,048 at a time, 1.01 by 4,096.
 PIPELINE_PIECES = 2
 # A placement for pieces of so many tokens, bytes pinned, and bytes of the embedding moved.
@@ -200,12 +201,17 @@ def _placed(
     in_host, on_disk = (_by_layer(part, planner.layers) for part in (missing[:pinned], missing[pinned:]))
     context, batch, chunk = run
     host_bytes = (pinned + (staging if pinned < len(missing) else 0)) * record
-    missed_s, computed = min(
-        (_missed(needed, in_host, on_disk, ids, choices, batch).seconds(record, machine), ids)
-        for ids in ((), computable(in_host, host_bytes, machine))
+    read = _read_in_place(in_host, on_disk, choices, len(needed[0]))
+    copied = [() if here else ids for here, ids in zip(read, in_host, strict=True)]
+    missed = Missed(
+        in_place=summed(needed, read),
+        copied=summed(needed, copied),
+        on_disk=summed(needed, on_disk),
+        pauses=sum(bool(host or disk) for host, disk in zip(copied, on_disk, strict=True)),
     )
+    division, computed, saved_s = _divided(needed, read, host_bytes, batch, record, machine)
     seconds = sum(planner.seconds(i, d.layers.start, d.layers.stop) for i, d in enumerate(devices))
-    seconds += HOP_S * (len(devices) - 1) + STEP_S + missed_s
+    seconds += HOP_S * (len(devices) - 1) + STEP_S + missed.seconds(record, machine) - saved_s
     return Placement(
         devices=devices,
         pinned=in_host,
@@ -221,27 +227,32 @@ def _placed(
         expected_decode_tokens_per_s=batch / seconds,
         embedding_bytes=planner.demand.moved_bytes,
         computed=computed,
-        division=machine.division if computed else None,
+        division=division,
     )
 
 
-def _missed(
-    needed: Sequence[Sequence[float]], in_host: Ids, on_disk: Ids, computed: Sequence[Expert], choices: int, batch: int
-) -> Missed:
-    """What a step of so many choices a layer is expected to miss, and how it gets that."""
-    experts, helped = len(needed[0]), {layer for layer, _ in computed}
-    read = [
-        host if layer not in helped and not disk and worthwhile(choices, len(host), experts) else ()
-        for layer, (host, disk) in enumerate(zip(in_host, on_disk, strict=True))
-    ]
-    copied = [() if here else host for here, host in zip(read, in_host, strict=True)]
-    return Missed(
-        in_place=summed(needed, read),
-        copied=summed(needed, copied),
-        on_disk=summed(needed, on_disk),
-        divided=sum(needed[layer][expert] for layer, expert in computed) if batch == 1 else 0.0,
-        pauses=sum(bool(host or disk) for host, disk in zip(copied, on_disk, strict=True)),
+def _read_in_place(in_host: Ids, on_disk: Ids, choices: int, experts: int) -> Ids:
+    """Those of `in_host` that a step of so many choices a layer reads there."""
+    return tuple(
+        host if not disk and worthwhile(choices, len(host), experts) else ()
+        for host, disk in zip(in_host, on_disk, strict=True)
     )
+
+
+def _divided(
+    needed: Sequence[Sequence[float]], read: Ids, host_bytes: int, batch: int, record_bytes: int, machine: Machine
+) -> tuple[Division | None, tuple[Expert, ...], float]:
+    """How experts that are read in place are divided with the CPU, which ones, and the seconds that a step gains by it:
+    nothing where none are to be gained. Those that several sequences need are not divided.
+
+    Where host memory is short, a little of many saves about as much as more of fewer, and leaves the CPU time to spare.
+    """
+    found: list[tuple[Division | None, tuple[Expert, ...], float]] = [(None, (), 0.0)]
+    for division, keys in divisions(read, host_bytes, machine) if batch == 1 else ():
+        divided = sum(needed[layer][expert] for layer, expert in keys)
+        found.append((division, keys, saved_seconds(divided, division, record_bytes, machine)))
+    most = max(saved_s for _, _, saved_s in found)
+    return [way for way in found if way[2] >= ABOUT * most][-1]
 
 
 def _device(planner: Splitter, split: Split, index: int) -> DevicePlan:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minibble.runtime.planning.machine import Gpu, Machine
+from minibble.runtime.planning.machine import Division, Gpu, Machine
 from minibble.runtime.planning.shares import UNIT, Shares
 
 # Kernels for few tokens read 4-bit weights at this share of what reading alone reaches, and at most at the rate at
@@ -17,8 +17,7 @@ STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0
 # A layer that asks the host which experts come, and each that does, beside its copy: with all 80 layers asking 2.4 and
 # 4.8 ms for 2.3 missed (one host was half as fast as the other), 3.9 and 6.9 for 10, 5.0 for 66.
 PAUSE_S, MISS_S = 35e-6, 60e-6
-# Of an expert that the CPU computes in part, beside the copy of the rest: on two hosts 0.5 and 1.0 ms.
-DIVIDED_S = 500e-6
+DIVIDED_S = 100e-6  # of an expert that the CPU computes in part, beside the reading of the rest
 IN_PLACE_SHARE = 0.915  # of the rate of copies, at which kernels read experts in host memory: 50.3 GB/s of 54.9
 
 
@@ -30,21 +29,23 @@ def gpu_seconds(nbytes: float, layers: int, gpu: Gpu) -> float:
 @dataclass(frozen=True)
 class Missed:
     """How many of a step's experts are expected to be off the GPUs: read in host memory `in_place`, or copied from
-    there or from disk in `pauses` layers; of those copied from host memory `divided` are the CPU's in part."""
+    there or from disk in `pauses` layers."""
 
     in_place: float
     copied: float
     on_disk: float
-    divided: float
     pauses: int
 
     def seconds(self, record_bytes: int, machine: Machine) -> float:
         """What they take. A layer's copies wait for its router, and it for them."""
         copies, disk = machine.copy_bytes_per_s, min(machine.disk_bytes_per_s, machine.copy_bytes_per_s)
-        share = 0.0 if machine.division is None else machine.division.share
-        moved = self.in_place / (IN_PLACE_SHARE * copies) + (self.copied - share * self.divided) / copies
-        waits_s = MISS_S * (self.copied + self.on_disk) + DIVIDED_S * self.divided + PAUSE_S * self.pauses
-        return record_bytes * (moved + self.on_disk / disk) + waits_s
+        moved = self.in_place / (IN_PLACE_SHARE * copies) + self.copied / copies + self.on_disk / disk
+        return record_bytes * moved + MISS_S * (self.copied + self.on_disk) + PAUSE_S * self.pauses
+
+
+def saved_seconds(divided: float, division: Division, record_bytes: int, machine: Machine) -> float:
+    """What a step gains if of so many of the experts that it reads in place the CPU computes a part."""
+    return divided * (division.share * record_bytes / (IN_PLACE_SHARE * machine.copy_bytes_per_s) - DIVIDED_S)
 
 
 def chances(shares: Shares, experts_per_token: int, batch: int) -> list[list[float]]:

@@ -23,20 +23,20 @@ def library(
     folder: Path,
     *,
     replaced: Sequence[str],
-    shared: str,
+    shared: str | None = None,
     headers: Sequence[str] = ("cuda.h",),
     entry: str,
 ) -> ctypes.CDLL:
     """The kernel of `sources`, without those `replaced` by `headers`, with the function `launch` of `entry`.
 
-    `shared` is how the sources declare shared memory. Compiled once for each entry and set of macros.
+    `shared` is how the sources declare shared memory, if they have any. Compiled once for each entry and set of macros.
     """
     key = entry, *macros
     if key not in _libraries:
         kernel = "\n".join(path.read_text() for path in sources if path.name not in replaced)
-        assert shared in kernel
-        kind = shared.split()[-2]
-        kernel = kernel.replace(shared, f"#define shared (({kind}*)shared_memory())")
+        if shared is not None:
+            assert shared in kernel
+            kernel = kernel.replace(shared, f"#define shared (({shared.split()[-2]}*)shared_memory())")
         source = folder / f"{Path(entry).stem}{len(_libraries)}.cpp"
         parts = [*((HERE / name).read_text() for name in headers), kernel, (HERE / entry).read_text()]
         source.write_text("\n".join(parts))

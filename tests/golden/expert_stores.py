@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from minibble.runtime.experts.lanes import HostLane, Lane, Mark
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.tiering import Key, Tiering
-from minibble.runtime.kernels.tiles import Rectangle
 
 RECORD = 512
 CPU = torch.device("cpu")
@@ -117,11 +116,9 @@ class UnrulyLane(HostLane):
     def mark(self) -> Mark:
         return self.issue("compute", lambda: None)
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
+    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
         if after is not None:
             self.streams["copy"].append(("wait", after))
-        if pieces:
-            return self.issue("copy", lambda: HostLane.bring(self, slot, source, None, pieces))
         half = len(slot) // 2
         self.issue("copy", lambda: slot[:half].copy_(source[:half]))
         return self.issue("copy", lambda: slot[half:].copy_(source[half:]))

@@ -52,10 +52,12 @@ def counters(
     """Puts the CPU in the GPU's place; yields the counters that blocks share, which end as they began."""
     held = torch.zeros(64, dtype=torch.int32)
 
-    def kernel(warps: int, scale_kind: int, scale_columns: int, tokens: int, table_stride: int) -> Emulated:
+    def kernel(
+        warps: int, scale_kind: int, scale_columns: int, tokens: int, table_stride: int, divided: bool
+    ) -> Emulated:
         macros = {
             "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
-            "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns,
+            "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns, "DIVIDED": int(divided),
         }  # fmt: skip
         flags = tuple(f"-D{name}={value}" for name, value in macros.items())
         return Emulated((*flags, f"-D__CUDA_ARCH__={request.param}"), tmp_path_factory.mktemp("kernel"))
@@ -143,6 +145,40 @@ def test_experts(counters: Tensor, format: Format, M: int, experts: int, active:
         hidden = torch.nn.functional.silu(x.double() @ gate64) * (x.double() @ up64)
         exact += share[:, None] * (hidden @ down64)
     assert relative(table.decode(x, ids, weights).sum(0), exact) < 3e-3
+
+
+@pytest.mark.parametrize(("format", "M", "experts"), [(NF4(), 1, 4), (Int4(64), 5, 6), (NF4(), 18, 40)], ids=str)
+def test_experts_of_which_the_first_units_count(counters: Tensor, format: Format, M: int, experts: int) -> None:
+    """One chunk of four for some of those that one token chose, two for others; nothing else of them is read."""
+    D, F = 256, 1024
+    generator = torch.Generator().manual_seed(M)
+    gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
+    down = TileLayout.make((D,), F, format.levels, format.block_size, True)
+    assert gate_up is not None and down is not None
+    table = ExpertTable(experts, gate_up, down, torch.device("cpu"))
+    ids = torch.rand(M, experts, generator=generator).topk(2).indices.int()
+    weights, x = torch.rand(M, 2, generator=generator), torch.randn(M, D, generator=generator).bfloat16()
+    alone = torch.tensor([int((ids == expert).sum()) == 1 for expert in range(experts)])
+    first = torch.where(alone, 256 * (1 + torch.arange(experts) % 2), F)
+    assert alone[ids.long()].any()
+    exact = torch.zeros(M, D, dtype=torch.float64)
+    for expert in range(experts):
+        gate, up = (format.encode(torch.randn(F, D, generator=generator) * D**-0.5) for _ in range(2))
+        last = format.encode(torch.randn(D, F, generator=generator) * F**-0.5)
+        table.put(expert, "gate_up", [gate, up])
+        table.put(expert, "down", [last])
+        gate64, up64, down64 = (decode(q).double().t() for q in (gate, up, last))
+        units = int(first[expert])
+        if units < F:  # codes and scales that would give NaN or nonsense
+            record, start = table.record(expert), gate_up.nbytes
+            record[units // 16 * gate_up.chunks * gate_up.chunk_nbytes : gate_up.meta_start] = 0xFF
+            tiles = record[start : start + down.meta_start].view(down.tiles, down.chunks, down.chunk_nbytes)
+            tiles[:, units // 256 :] = 0xFF
+        share = (weights * (ids == expert)).sum(1).double()
+        hidden = torch.nn.functional.silu(x.double() @ gate64) * (x.double() @ up64)
+        exact += share[:, None] * (hidden[:, :units] @ down64[:units])
+    units_MA = first[ids.long()].int().contiguous()
+    assert relative(table.read(table.addresses, x, ids, weights, units_MA).sum(0), exact) < 3e-3
 
 
 @pytest.mark.parametrize("M", [1, 5])

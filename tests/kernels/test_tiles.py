@@ -121,20 +121,3 @@ def test_out_of_given_memory() -> None:
     room = torch.full((layout.nbytes,), 0xAA, dtype=torch.uint8)
     assert pack(parts, layout, room).data_ptr() == room.data_ptr()
     assert torch.equal(room[: tiles.CODES_NBYTES], pack(parts, layout)[: tiles.CODES_NBYTES])
-
-
-@pytest.mark.parametrize("format", [NF4(), NF4(double_quant=False), Int4(64)], ids=str)
-def test_pieces_are_the_first_rows_and_columns(format: Format) -> None:
-    """The rest of the bytes is another matrix's."""
-    parts, others = (quantized((64, 64), 512, format, seed) for seed in (1, 2))
-    layout = TileLayout.of(parts, True)
-    assert layout is not None
-    data, right = pack(parts, layout), read_back(bytes(pack(parts, layout).tolist()), layout)
-    for pieces, rows, columns in ((layout.first_rows(96), 96, 512), (layout.first_columns(256), 128, 256)):
-        mixed = pack(others, layout)
-        for start, width, height, pitch in pieces:
-            for first in range(start, start + height * max(pitch, 1), max(pitch, 1)):
-                mixed[first : first + width] = data[first : first + width]
-        found = read_back(bytes(mixed.tolist()), layout)
-        assert torch.equal(found[:rows, :columns], right[:rows, :columns])
-        assert found.isfinite().all() and not torch.equal(found, right)

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from minibble.quantize.errors import BudgetError, CheckpointError, StateError
 from minibble.quantize.job import quantize_checkpoint
 from minibble.runtime import graphs
 from minibble.runtime.experts import division
+from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import ALL_FROM, Fetch, OffloadedTable
 from minibble.runtime.experts.turns import Turns
@@ -144,7 +146,17 @@ def test_a_step_that_dies_between_two_pauses_gives_up_its_experts(monkeypatch: p
     """And leaves a state that nobody goes on with, but a snapshot can be restored to."""
     monkeypatch.setattr(graphs, "unfused", lambda model: None)
     model, released = make_model(eos_token_id=None), []
-    monkeypatch.setattr(MiniMaxForCausalLM, "release_experts", lambda self: released.append(self))
+
+    @contextmanager
+    def using(self: MiniMaxForCausalLM) -> Iterator[None]:
+        with plain_using(self):
+            try:
+                yield
+            finally:
+                released.append(self)
+
+    plain_using = MiniMaxForCausalLM.using_experts
+    monkeypatch.setattr(MiniMaxForCausalLM, "using_experts", using)
     ids = torch.arange(3, 24).view(1, -1)
     right = followed(model, ids, 5)
     state = HybridState(model.minibble, reserve=21)
@@ -247,42 +259,70 @@ def test_one_sequence_reads_experts_where_they_wait(cuda_device: torch.device, d
         model.close()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["nf4", "int4"])
-def test_experts_that_the_cpu_computes(
-    cuda_device: torch.device,
-    make_source: Any,
-    make_int4: Any,
-    tmp_path: Path,
-    method: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A third of the missing ones, of one token and of several, launch by launch and in graphs: as the GPU but for
-    rounding."""
+@pytest.fixture(params=["nf4", "int4"])
+def divided(
+    request: pytest.FixtureRequest, make_source: Any, make_int4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A checkpoint of whose missing experts the CPU computes a third."""
     monkeypatch.setattr(division, "computed_units", lambda *given: 256)
-    for name in ("DIVIDED_S", "MISS_S", "PAUSE_S"):  # beside which experts so small are nothing
-        monkeypatch.setattr(rates, name, 0.0)
+    monkeypatch.setattr(rates, "DIVIDED_S", 0.0)  # beside which experts so small are nothing
     config = tiny.original_json(
         hidden_size=256, intermediate_size=768, vocab_size=2000, num_hidden_layers=3, attn_type_list=[0, 0, 1]
     )
     source, quantized = make_source(tmp_path / "m", config=config), tmp_path / "q"
-    if method == "nf4":
+    if request.param == "nf4":
         quantize_checkpoint(source, quantized)
     else:
         make_int4(source, quantized, group=64)
     for path in quantized.glob("tokenizer*"):
         path.unlink()
-    resident = minibble.load(quantized, device=cuda_device)
-    for batch in (1, 3):
-        model = minibble.load(
-            quantized, device=cuda_device, gpu_memory=short_of(quantized, 0.9), prefill_chunk=CHUNK, cpu_experts=True
-        )
+    return quantized
+
+
+def helped(folder: Path, device: torch.device) -> MiniMaxForCausalLM:
+    return minibble.load(
+        folder, device=device, gpu_memory=short_of(folder, 0.9), prefill_chunk=CHUNK, cpu_experts=True
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_experts_that_the_cpu_computes(cuda_device: torch.device, divided: Path) -> None:
+    """Of one token and of several, launch by launch and in graphs: as the GPU but for rounding."""
+    resident = minibble.load(divided, device=cuda_device)
+    for batch in (1, 2):
+        model = helped(divided, cuda_device)
         ids = torch.randint(4, 2000, (batch, 40), generator=torch.Generator().manual_seed(batch)).to(cuda_device)
         ours, right = followed(model, ids, 10), followed(resident, ids, 10)
         errors = (ours - right).norm(dim=-1) / right.norm(dim=-1)
         assert errors.median() < 0.01, "of most tokens; rounding sends some to other experts"
         assert model.stores[0].stats.computed > 0 and model.decode_path() == {"eager": 1, "graph": 29}
         model.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_the_cpu_fails_while_the_gpu_waits_for_it(
+    cuda_device: torch.device, divided: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a graph and launch by launch: the GPU goes on, and the next request is right."""
+    model = helped(divided, cuda_device)
+    ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(3)).to(cuda_device)
+    right, plain, calls = followed(model, ids, 10), Processor.__call__, []
+    for last in (3, 25):
+
+        def failing(self: Processor, key: Any, x: Tensor, last: int = last) -> Tensor:
+            calls.append(key)
+            if len(calls) == last:
+                raise error
+            return plain(self, key, x)
+
+        calls.clear()
+        with monkeypatch.context() as context, pytest.raises(error):
+            context.setattr(Processor, "__call__", failing)
+            followed(model, ids, 10)
+        torch.cuda.synchronize()
+        assert torch.equal(followed(model, ids, 10), right)
+    model.close()
 
 
 @pytest.mark.gpu

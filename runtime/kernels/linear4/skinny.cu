@@ -10,7 +10,7 @@
 // One function serves all uses in a layer, whose code so stays in the processors' caches.
 //
 // Macros: WARPS; TOKENS of a job, 8 or 16; TABLE_STRIDE, 128 or 256; SCALE_KIND 0 double quantization, 1 float32,
-// 2 float16; SCALE_COLUMNS of one scale.
+// 2 float16; SCALE_COLUMNS of one scale; DIVIDED, whether of some experts only the first hidden units are computed.
 
 // The tables come with the launch: but for the addresses of matrices nothing is read from memory before the ids are.
 __device__ void fill_tables(const Args& a, const Shared& sh, int lane, int warp) {
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
         __syncthreads();
         if (unit == start)
             for (; filled < a.slots && more; ++filled) refill(filled);
-        int first = split_start(a, seg.split);
+        int first = split_start(a, seg, seg.split);
         if (unit > start) now.unit = unit, now.stop = unit + seg.count, stream_segment(a, sh, now, warp);
         if (now.unit == unit + seg.count)  // else the warp has no part of this segment
             while (now.q < now.q_end) {

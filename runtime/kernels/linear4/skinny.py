@@ -65,6 +65,7 @@ class _Args(ctypes.Structure):
         ("levels", ctypes.c_uint16 * 16),
         ("map", ctypes.c_float * 256),
         ("unscale", ctypes.c_float),
+        ("units", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -90,12 +91,15 @@ def launch(
     *,
     ids: Tensor | None = None,
     weights: Tensor | None = None,
+    units: Tensor | None = None,
     splits: int = 1,
 ) -> None:
     """Multiply the rows of `x`, bfloat16 [rows, K], into `out` as `epilogue` says, on torch's current stream.
 
     `ids` int32 [M, A] and `weights` float32 [M, A] are the experts chosen and the router's weights. GATE_UP takes x
     [M, K] and gives bfloat16 [M * A, F]; DOWN takes [M * A, F] and gives float32 [A * splits, M, N].
+    Of the hidden units of a pair whose expert no other has, only the first `units`, int32 [M, A], are computed by
+    GATE_UP and used by DOWN, multiples of COLUMNS; other pairs' entries must be F.
     """
     layout, table = operand.layout, operand.table
     assert (ids is None) == (table is None)
@@ -104,6 +108,7 @@ def launch(
     assert x.is_contiguous() and x.dtype == torch.bfloat16 and x.shape[1] == layout.K and x.data_ptr() % 16 == 0
     assert out.is_contiguous() and out.data_ptr() % 16 == 0 and M <= MAX_TOKENS and experts <= MAX_EXPERTS
     assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous())
+    assert units is None or (ids is not None and units.dtype == torch.int32 and units.is_contiguous())
     device = x.device
     tokens = _job_tokens(M, experts)
     lists = _lists_nbytes(M, active, experts)
@@ -122,9 +127,10 @@ def launch(
         rows, shape.slots, min(FIRST_SLOTS, shape.slots), shape.segment_tiles, shape.sum_rows,
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
         *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
+        None if units is None else units.data_ptr(),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
-    kernel = _kernel(shape.warps, kind, layout.scale_columns, tokens, shape.table_stride)
+    kernel = _kernel(shape.warps, kind, layout.scale_columns, tokens, shape.table_stride, units is not None)
     with torch.cuda.device_of(x):
         kernel.launch(multiprocessors(device), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
@@ -257,10 +263,17 @@ def _nested_span(layout: TileLayout) -> int:
 
 
 @cache
-def _kernel(warps: int, scale_kind: int, scale_columns: int, tokens: int = TOKENS, table_stride: int = 256) -> Kernel:
+def _kernel(
+    warps: int,
+    scale_kind: int,
+    scale_columns: int,
+    tokens: int = TOKENS,
+    table_stride: int = 256,
+    divided: bool = False,
+) -> Kernel:
     macros: dict[str, int | str] = {
         "WARPS": warps, "TOKENS": tokens, "TABLE_STRIDE": table_stride,
-        "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns,
+        "SCALE_KIND": scale_kind, "SCALE_COLUMNS": scale_columns, "DIVIDED": int(divided),
     }  # fmt: skip
     return Kernel("skinny", [Path(__file__).with_name(name) for name in SOURCES], macros)
 

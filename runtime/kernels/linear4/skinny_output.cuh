@@ -68,8 +68,9 @@ __device__ inline void write_rows(const Args& a, const Segment& seg, int pair, i
 }
 
 __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& seg) {
-    int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
-    int shift = a.epilogue == GATE_UP ? 2 : 3, of_token = seg.count << shift;  // four rows each
+    int width = split_start(a, seg, seg.split + 1) - split_start(a, seg, seg.split), tiles = seg.used(a);
+    int total = tiles * width, shift = a.epilogue == GATE_UP ? 2 : 3, of_token = tiles << shift;  // four rows each
+    if (DIVIDED && !tiles) return;
     for (int i = threadIdx.x, token = 0;; i += THREADS) {
         while (i >= of_token) i -= of_token, ++token;
         if (token >= seg.tokens) break;

@@ -44,4 +44,5 @@ struct Args {
     unsigned short levels[16];  // bfloat16, of each code
     float map[256];          // double quantization's first-level table, times `unscale`
     float unscale;           // what scales are multiplied with, as kernel levels are larger than stored ones
+    const int* units;        // if DIVIDED: of each pair's hidden units the first that count, whole chunks of down
 };

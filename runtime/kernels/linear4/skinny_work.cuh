@@ -25,10 +25,24 @@ struct Shared {
     int *pairs, *job_count, *last;  // the pairs of job j begin at pairs[TOKENS * j]
 };
 
+// If DIVIDED a job's hidden units stand beside its count. One of several pairs has all of them.
+#define COUNT_BITS 8
+
 // A segment: consecutive tiles of one job and one split of K, which the warps share.
 struct Segment {
     int job, split, tile, count;
     int tokens;  // of the job: the rows of x and of sums in shared memory
+#if DIVIDED
+    int units;  // of hidden ones
+    // Tiles that are read at all: gate and up of 16 units each.
+    __device__ inline int used(const Args& a) const {
+        return a.epilogue == GATE_UP ? max(0, min(count, units / 16 - tile)) : count;
+    }
+    __device__ inline int chunks(const Args& a) const { return a.epilogue == DOWN ? units / 256 : a.chunks; }
+#else
+    __device__ inline int used(const Args& a) const { return count; }
+    __device__ inline int chunks(const Args& a) const { return a.chunks; }
+#endif
 };
 
 // n / d of numbers below a million, in a fraction of the time and of the code that integers take.
@@ -42,11 +56,18 @@ __device__ inline Segment segment_at(const Args& a, const Shared& sh, int unit, 
     s.split = group - s.job * a.splits;
     s.tile = unit - group * a.tiles;
     s.tokens = sh.job_count[s.job];
+#if DIVIDED
+    s.units = s.tokens >> COUNT_BITS;
+    s.tokens &= (1 << COUNT_BITS) - 1;
+#endif
     s.count = min(min(stop - unit, a.tiles - s.tile), min(a.segment_tiles, quotient(a.sum_rows, s.tokens) - WARPS));
     return s;
 }
 
-__device__ inline int split_start(const Args& a, int split) { return quotient(split * a.chunks, a.splits); }
+// The chunk of the segment's tiles with which a split begins.
+__device__ inline int split_start(const Args& a, const Segment& seg, int split) {
+    return quotient(split * seg.chunks(a), a.splits);
+}
 
 // Bytes from row to row of x in shared memory.
 __device__ inline int x_stride(const Args& a) { return quotient(a.chunks + a.splits - 1, a.splits) * 512 + X_PADDING; }
@@ -65,9 +86,9 @@ __device__ inline bool stream_segment(const Args& a, const Shared& sh, Stream& s
     while (s.unit < s.stop) {
         Segment seg = segment_at(a, sh, s.unit, s.stop);
         s.unit += seg.count;
-        int first = split_start(a, seg.split);
-        s.width = split_start(a, seg.split + 1) - first;
-        int total = seg.count * s.width;
+        int first = split_start(a, seg, seg.split);
+        s.width = split_start(a, seg, seg.split + 1) - first;
+        int total = seg.used(a) * s.width;
         s.q = warp * total / WARPS;
         s.q_end = (warp + 1) * total / WARPS;
         s.tile = quotient(s.q, s.width);
@@ -99,6 +120,11 @@ __device__ inline int expert_of_lane(const Args& a, int lane) {
     return a.ids != nullptr && lane < a.M * a.active ? a.ids[lane] : -1 - lane;
 }
 
+// How many tokens a job has, and what of their expert's hidden units counts.
+__device__ inline int job_entry(const Args& a, int pair, int tokens) {
+    return DIVIDED ? tokens | a.units[pair] << COUNT_BITS : tokens;
+}
+
 // Up to 32 pairs: every warp does the same, one writes. Jobs come in the order of their first pairs.
 __device__ int jobs_of_a_warp(const Args& a, Shared& sh, int pairs, const char* matrix, int expert) {
     int lane = threadIdx.x % 32;
@@ -114,7 +140,7 @@ __device__ int jobs_of_a_warp(const Args& a, Shared& sh, int pairs, const char* 
         int job = __popc(leaders & ((1u << (__ffs(mine) - 1)) - 1));
         sh.pairs[job * TOKENS + rank % TOKENS] = lane;
         sh.job_matrix[job] = own;
-        if (rank % TOKENS == 0) sh.job_count[job] = min(TOKENS, __popc(same) - rank);
+        if (rank % TOKENS == 0) sh.job_count[job] = job_entry(a, lane, min(TOKENS, __popc(same) - rank));
     }
     return __popc(leaders);
 }
@@ -141,7 +167,7 @@ __device__ int jobs_of_many(const Args& a, Shared& sh, int pairs) {
             if (ids[p] == e) sh.pairs[job * TOKENS + rank++] = p;
         for (int done = 0; done < rank; done += TOKENS, ++job) {
             sh.job_matrix[job] = (const char*)a.table[e] + a.matrix_start;
-            sh.job_count[job] = min(TOKENS, rank - done);
+            sh.job_count[job] = job_entry(a, sh.pairs[job * TOKENS], min(TOKENS, rank - done));
         }
     }
     return jobs;
@@ -174,7 +200,8 @@ __device__ inline int token_of(const Args& a, int pair) {
 // Calls `f` with each row of x in shared memory and each 16 columns of it that are this thread's.
 template <typename F>
 __device__ inline void for_own_columns(const Args& a, const Segment& seg, F f) {
-    int of_row = (split_start(a, seg.split + 1) - split_start(a, seg.split)) * 16;
+    int of_row = (split_start(a, seg, seg.split + 1) - split_start(a, seg, seg.split)) * 16;
+    if (DIVIDED && !of_row) return;
     for (int i = threadIdx.x, r = 0;; i += THREADS) {
         while (i >= of_row) i -= of_row, ++r;
         if (r >= seg.tokens) break;
@@ -184,7 +211,7 @@ __device__ inline void for_own_columns(const Args& a, const Segment& seg, F f) {
 
 // The rows of x that a job reads, zeros where the last chunk is wider than the matrix.
 __device__ void load_x(const Args& a, const Shared& sh, const Segment& seg) {
-    int first = split_start(a, seg.split) * 256;
+    int first = split_start(a, seg, seg.split) * 256;
     const int* pairs = sh.pairs + seg.job * TOKENS;
     for_own_columns(a, seg, [&](int r, int column) {
         int row = a.epilogue == GATE_UP ? token_of(a, pairs[r]) : pairs[r], k = first + column;
@@ -216,7 +243,7 @@ __device__ void load_nested(const Args& a, const Shared& sh, const Segment& seg)
     const char* record = sh.job_matrix[seg.job];
     const char* meta = record + a.meta_start + 16 * seg.tile;
     int rows16 = 16 * (a.K / 64);
-    for (int i = threadIdx.x; i < 2 * seg.count * a.nested_span; i += THREADS) {
+    for (int i = threadIdx.x; i < 2 * seg.used(a) * a.nested_span; i += THREADS) {
         int m = quotient(i, a.nested_span), j = i - m * a.nested_span;
         // The record holds the first block too, but to wait for it before asking for the scales costs a microsecond.
         int m16 = 2 * seg.tile + m, part = 0;

@@ -16,10 +16,10 @@ from minibble.quantize.tensors import QuantizedTensor
 from minibble.runtime.kernels.linear4 import skinny, tile
 from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.nvrtc import KernelError
-from minibble.runtime.kernels.tiles import HALF_SCALE, Rectangle, TileLayout, pack, usable
+from minibble.runtime.kernels.tiles import HALF_SCALE, TileLayout, pack, usable
 
 if TYPE_CHECKING:
-    from minibble.runtime.pipeline import ExpertPause
+    from minibble.runtime.pipeline import Pause
 
 FEW = 64  # tokens up to which the kernel for few of them is the quicker
 MOST = torch.finfo(torch.float16).max / HALF_SCALE  # of a weight, for the one for many: 1,023
@@ -43,7 +43,7 @@ class RecordTable:
         """Bytes on the device that are this layer's own."""
         raise NotImplementedError
 
-    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "ExpertPause | None":
+    def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Pause | None":
         """The pause that a decode step must make before it uses the experts `ids`, on the device; None if all are
         there."""
         return None
@@ -68,13 +68,13 @@ class RecordTable:
             return tile.experts(x, ids_MA, weights_MA, self.addresses, self.gate_up, self.down, start)
         return self._one_by_one(x, ids_MA, weights_MA)[None]
 
-    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, units_MA: Tensor | None = None) -> Tensor:
-        """Parts whose sum is that of each token's experts, float32 [A * S, M, D], of up to FEW tokens.
+    def decode(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, fetch: "Pause | None" = None) -> Tensor:
+        """Parts whose sum is that of each token's experts, float32 [S, M, D], of up to FEW tokens.
 
-        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32. Of each pair's hidden units only the first `units_MA`
-        count, int32, all by default. Nothing waits for the device.
+        `y_MD` bfloat16, `ids_MA` int32, `weights_MA` float32; `fetch` is the pause made for these, if one was. Nothing
+        waits for the device.
         """
-        return self.read(self.addresses, y_MD, ids_MA, weights_MA, units_MA)
+        return self.read(self.addresses, y_MD, ids_MA, weights_MA)
 
     def read(
         self,
@@ -84,7 +84,11 @@ class RecordTable:
         weights_MA: Tensor,
         units_MA: Tensor | None = None,
     ) -> Tensor:
-        """`decode` of records at other addresses than the table's."""
+        """`decode` of records at other addresses than the table's, float32 [A * S, M, D].
+
+        Of the hidden units of a pair whose expert no other has, only the first `units_MA` count, int32, multiples of
+        COLUMNS; entries of other pairs must be F. All count by default.
+        """
         (M, A), device, E = ids_MA.shape, y_MD.device, len(addresses_E)
         if not M:
             return torch.zeros(1, 0, self.down.N, device=device)
@@ -100,15 +104,11 @@ class RecordTable:
         # Made contiguous before the first launch: the second one reads the ids while that is still under way.
         ids_MA, weights_MA = ids_MA.contiguous(), weights_MA.contiguous()
         gate_up = skinny.Operand(self.gate_up, table=addresses_E)
-        skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA)
-        if units_MA is not None:
-            from minibble.runtime.kernels.moe4.units import clear_after
-
-            clear_after(h, units_MA.reshape(-1))
+        skinny.launch(gate_up, skinny.GATE_UP, y_MD.contiguous(), h, ids=ids_MA, units=units_MA)
         splits = skinny.splits_for(self.down, M, device, A, E)
         parts = torch.empty(A * splits, M, self.down.N, device=device)
         down = skinny.Operand(self.down, table=addresses_E, start=self.gate_up.nbytes)
-        skinny.launch(down, skinny.DOWN, h, parts, ids=ids_MA, weights=weights_MA, splits=splits)
+        skinny.launch(down, skinny.DOWN, h, parts, ids=ids_MA, weights=weights_MA, units=units_MA, splits=splits)
         return parts
 
     def _one_by_one(self, x_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> Tensor:
@@ -130,11 +130,6 @@ class RecordTable:
 def largest(q: QuantizedTensor) -> float:
     """No weight of the matrix is larger than this; kernels can multiply with an expert's up to MOST."""
     return float(decode_absmax(q).abs().max() * level_table(q.levels, q.device).abs().max())
-
-
-def first_units(gate_up: TileLayout, down: TileLayout, units: int) -> list[Rectangle]:
-    """What of a record makes an expert's first hidden `units`, a multiple of COLUMNS; the rest must be numbers."""
-    return [*gate_up.first_rows(2 * units), *(piece.moved(gate_up.nbytes) for piece in down.first_columns(units))]
 
 
 class ExpertTable(RecordTable):

@@ -40,8 +40,8 @@ def test_balance(
 
 
 def test_what_the_cpu_waits_for_counts() -> None:
-    """A quarter of a millisecond: less than half is left to one as fast as the copy engine."""
-    assert balanced(9216, 256, 1.65e-3, lambda n: n * 1.65e-3 / 9216)[0] == 3840
+    """A tenth of a millisecond: less than half is left to one as fast as the link."""
+    assert balanced(9216, 256, 1.65e-3, lambda n: n * 1.65e-3 / 9216)[0] == 4096
 
 
 def test_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from minibble.runtime.experts.host import HostRecords
 from minibble.runtime.experts.lanes import CudaLane
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.tiering import Tiering
-from minibble.runtime.kernels.tiles import Rectangle
 
 pytestmark = pytest.mark.gpu
 
@@ -77,7 +76,7 @@ def test_a_missing_wait_would_show(cuda_device: torch.device) -> None:
     """The same with copies that do not wait for the kernels: wrong bytes are read."""
     with filled(cuda_device, placement(LAYERS, resident=0, pinned=8, disk=0, spare=2)) as store:
         reader, bring = Reader(store), store._bank.lane.bring
-        store._bank.lane.bring = lambda slot, source, after, pieces: bring(slot, source, None)  # type: ignore[method-assign]
+        store._bank.lane.bring = lambda slot, source, after: bring(slot, source, None)  # type: ignore[method-assign]
         for step in range(10):
             store.require(step % LAYERS, [step % 8, (step + 1) % 8])
             torch.cuda._sleep(SLOW)
@@ -158,27 +157,3 @@ def test_device_memory_is_what_was_planned_and_comes_back(cuda_device: torch.dev
     store.close()
     assert torch.cuda.memory_allocated(cuda_device) - before < 4096
     assert not list(tmp_path.iterdir())
-
-
-def test_experts_in_part(cuda_device: torch.device) -> None:
-    """The pieces come, the rest is what was there; then the expert is gone, and comes whole when it is asked for."""
-    pieces = [Rectangle(256, 1024), Rectangle(1 << 20, 3000, 64, 4096)]
-    where = placement(LAYERS, resident=0, pinned=8, disk=0, spare=2)
-    with fill(ExpertStore(cuda_device, NBYTES, where, pieces=pieces)) as store:
-        came = torch.zeros(NBYTES, dtype=torch.bool, device=cuda_device)
-        for start, width, height, pitch in pieces:
-            for row in range(height):
-                came[start + row * pitch :][:width] = True
-        before = store.stats.bytes_from_host
-        store.require(1, [3, 5], partly=[5])
-        torch.cuda.synchronize()
-        assert store.stats.bytes_from_host - before == NBYTES + int(came.sum()) and store.stats.computed == 1
-        place = (int(store.addresses(1)[5]) - store._bank.records.data_ptr()) // NBYTES
-        found, right = store._bank.records[place], content((1, 5), NBYTES, cuda_device)
-        assert torch.equal(found[came], right[came]) and not torch.equal(found[~came], right[~came])
-        check_required(store, 1, [3])
-        store.used(1)
-        assert store.is_here(1, 3) and not store.is_here(1, 5)
-        store.require(1, [5])
-        torch.cuda.synchronize()
-        check_required(store, 1, [5])

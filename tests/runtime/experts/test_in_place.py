@@ -12,7 +12,6 @@ from torch import Tensor
 from minibble.runtime.experts import host
 from minibble.runtime.experts.in_place import InPlace, worthwhile
 from minibble.runtime.experts.lanes import HostLane
-from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import Fetch, OffloadedTable
 from minibble.runtime.experts.tiering import Tiering
@@ -121,11 +120,6 @@ def test_steps_of_few_choices_do_not_pause(table: Read) -> None:
     assert isinstance(table.fetch(*chosen(3)), Fetch)
     table.decode(*chosen(3))
     assert table.seen is not None and table.seen.data_ptr() == table.addresses.data_ptr()
-
-
-def test_where_the_cpu_helps_steps_pause(table: Read) -> None:
-    table.processor = Processor([(1, 5)], 256)
-    assert table.fetch(*chosen(1)) is not None and table._readable(chosen(1)[1]) is None
 
 
 def test_full_layers_have_nothing_to_count() -> None:

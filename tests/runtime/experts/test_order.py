@@ -3,7 +3,7 @@
 The streams are simulated: work is done late, in any order that the marks allow, so that a missing wait shows.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,15 @@ from torch import Tensor
 from minibble.runtime.experts.lanes import Mark
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.tiering import Key, Tiering
-from minibble.runtime.kernels.tiles import Rectangle
 
 LAYERS, EXPERTS = 3, 6
 PINNED = placement(LAYERS, resident=2, pinned=4, disk=0, spare=3)
 MIXED = placement(LAYERS, resident=1, pinned=2, disk=3, spare=3)
-HALF = Rectangle(0, RECORD // 2)  # what comes of an expert in part
 
 IDS = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=3, unique=True)
 OPS = st.lists(
     st.tuples(
-        st.sampled_from(["step", "step", "part", "part", "hold", "used", "prefetch", "groups", "run"]),
+        st.sampled_from(["step", "step", "hold", "used", "prefetch", "groups", "run"]),
         st.integers(0, LAYERS - 1),
         IDS,
     ),
@@ -41,13 +39,13 @@ class Machine:
 
     def __init__(self, where: Tiering, folder: Path | None, lane: UnrulyLane):
         self.lane = lane
-        self.store = fill(ExpertStore(content((0, 0), 1).device, RECORD, where, folder, lane, [HALF]))
+        self.store = fill(ExpertStore(content((0, 0), 1).device, RECORD, where, folder, lane))
         self.resident = {(layer, e) for layer, ids in where.resident.items() for e in ids}
         self.held: dict[int, set[int]] = {}
         self.wrong: list[Key] = []
 
-    def kernel(self, layer: int, ids: list[int], partly: Collection[int] = ()) -> None:
-        """Issue work that reads experts through the table, each in two halves; of those `partly` the first."""
+    def kernel(self, layer: int, ids: list[int]) -> None:
+        """Issue work that reads experts through the table, each in two halves."""
         table, records = self.store.addresses(layer), self.store._bank.records
         for expert in ids:
             expected = content((layer, expert), RECORD)
@@ -57,8 +55,7 @@ class Machine:
                 if not (records[place][part] == expected[part]).all():
                     self.wrong.append((layer, expert))
 
-            halves = slice(0, RECORD // 2), slice(RECORD // 2, RECORD)
-            for part in halves[:1] if expert in partly else halves:
+            for part in (slice(0, RECORD // 2), slice(RECORD // 2, RECORD)):
                 self.lane.issue("compute", partial(read, part))
 
     def do(self, op: str, layer: int, ids: list[int]) -> None:
@@ -71,13 +68,6 @@ class Machine:
             self.held.setdefault(layer, set()).update(coming)
             if op == "step":
                 self.release(layer)
-        elif op == "part" and room >= 0:
-            waiting = self.store.tiering.pinned[layer]
-            partly = [expert for expert in ids if expert in waiting and not self.store.is_here(layer, expert)]
-            self.store.require(layer, ids, partly)
-            self.kernel(layer, ids, partly)
-            self.release(layer)
-            assert not any(self.store.is_here(layer, expert) for expert in partly)
         elif op == "used":
             self.release(layer)
         elif op == "prefetch":
@@ -145,8 +135,8 @@ def test_with_a_disk(tmp_path: Path, ops: list[tuple[str, int, list[int]]], seed
 class Overwrites(UnrulyLane):
     """Does not wait for work that still reads a slot."""
 
-    def bring(self, slot: Tensor, source: Tensor, after: Mark, pieces: Sequence[Rectangle] = ()) -> Mark:
-        return super().bring(slot, source, None, pieces)
+    def bring(self, slot: Tensor, source: Tensor, after: Mark) -> Mark:
+        return super().bring(slot, source, None)
 
 
 class Reads(UnrulyLane):
