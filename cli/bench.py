@@ -96,7 +96,7 @@ def _whole(target: str, device: str | None, as_json: bool, run: dict[str, Any]) 
     )  # fmt: skip
     config = memory_report(target).config
     result = {"hardware": [gpu.hardware(d) for d in devices], "versions": gpu.versions(), "model": target}
-    result["errors"] = full.gate(devices, asked.format, note)
+    result["errors"] = full.gate(devices, asked.format, note, asked.cpu_experts)
     result |= full.measure(config, devices, asked, note)
     if as_json:
         emit_json(result)

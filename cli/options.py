@@ -136,7 +136,7 @@ def memory_options(command: F) -> F:
         click.option(
             "--cpu-experts",
             is_flag=True,
-            help="Let the CPU compute a part of each missing expert of decode steps while the rest is copied.",
+            help="Let the CPU compute a part of each missing expert of decode steps while the GPU reads the rest.",
         ),
     )
     for option in reversed(options):

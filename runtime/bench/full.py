@@ -52,18 +52,19 @@ class Run:
     prefill_chunk: int | None = None
 
 
-def gate(devices: Sequence[torch.device], format: str, progress: Progress) -> dict[str, float]:
+def gate(
+    devices: Sequence[torch.device], format: str, progress: Progress, cpu_experts: bool = False
+) -> dict[str, float]:
     """Errors of two layers of the released size, the second on the last device; WrongResult if they are too large.
 
-    With experts off the GPU the logits must be the same to the bit.
+    With experts off the GPU the logits must be the same to the bit, but for rounding with `cpu_experts`.
     """
     progress("comparing two layers with the reference kernels")
     source = ConfigSource.of(real_config((0, 1)), format)
     if source.format is None:
         raise ConfigError(f"format {format}: dummy weights are for 4-bit formats")
     errors = check_layers(source.config, source.format, [devices[0], devices[-1]])
-    check_offloaded(source, devices[-1])
-    return errors
+    return errors | check_offloaded(source, devices[-1], cpu_experts)
 
 
 def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, progress: Progress) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from minibble.runtime.bench.check import WrongResult, kernels
 from minibble.runtime.bench.gpu import poisoned
 from minibble.runtime.bench.layers import fill_randomly, random_model
 from minibble.runtime.decode import Inputs, decode_step
-from minibble.runtime.devices import this_machine
+from minibble.runtime.devices import best_dtype, this_machine
+from minibble.runtime.experts.division import unit_step
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import PREFILL_CHUNK_CUDA
 from minibble.runtime.planning.device_bytes import ConfigSource
+from minibble.runtime.planning.machine import Division
 from minibble.runtime.planning.planner import plan_placement
+from minibble.runtime.planning.processors import part_nbytes
 from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 
@@ -51,11 +55,14 @@ def check_layers(
     }
 
 
-def check_offloaded(source: ConfigSource, device: torch.device, tokens: tuple[int, int] = (700, 12)) -> None:
+def check_offloaded(
+    source: ConfigSource, device: torch.device, divided: bool = False, tokens: tuple[int, int] = (700, 12)
+) -> dict[str, float]:
     """WrongResult unless logits are the same to the bit with a third of the experts off the GPU.
 
     Those of a prompt, and of tokens after it that go through graphs once these are captured; of three sequences, and of
-    one, for which experts are read in place.
+    one, for which experts are read in place. Then with experts `divided`, of which the CPU computes a quarter: for one
+    sequence's tokens the error returned, which may be as large as BOUND for most of them.
     """
     machine, (T, steps) = this_machine([device]), tokens
     whole = plan_placement(source, machine, context=T + steps, prefill_chunk=PREFILL_CHUNK_CUDA)
@@ -69,6 +76,29 @@ def check_offloaded(source: ConfigSource, device: torch.device, tokens: tuple[in
     if not torch.equal(*found):
         off = (found[0] != found[1]).any(dim=-1).float().mean()
         raise WrongResult(f"with experts off the GPU the logits of {off:.0%} of the tokens are others")
+    if not divided:
+        return {}
+    helped = plan_placement(
+        source, replace(machine, division=_quarter(source)), context=T + steps,
+        gpu_memory=whole.total_bytes - less, prefill_chunk=PREFILL_CHUNK_CUDA,
+    )  # fmt: skip
+    assert helped.computed, "the CPU has no part of any expert"
+    ours, right = (
+        logits[-1, -steps:] for logits in (_followed(Unfilled.placed(source, helped), ids.to(device), T), found[0])
+    )
+    error = float(((ours - right).norm(dim=-1) / right.norm(dim=-1)).median())
+    if not error <= BOUND:
+        raise WrongResult(
+            f"with parts of experts on the CPU logits are off by {error:.1e}, at most {BOUND:.0e} allowed"
+        )
+    return {"divided": float(f"{error:.3g}")}
+
+
+def _quarter(source: ConfigSource) -> Division:
+    assert source.format is not None
+    whole, step = source.config.intermediate_size, unit_step(source.format)
+    units = whole // 4 // step * step
+    return Division(units, whole, step, part_nbytes(source, units, best_dtype(torch.device("cpu"))))
 
 
 def _followed(unfilled: Unfilled, ids: Tensor, prompt: int) -> Tensor:

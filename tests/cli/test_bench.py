@@ -105,7 +105,7 @@ def whole(monkeypatch) -> list:
     the_gpu = minibble.runtime.bench.gpu
     monkeypatch.setattr(the_gpu, "the_gpu", lambda device: torch.device(device or "cuda:0"))
     monkeypatch.setattr(the_gpu, "hardware", lambda device: {"gpu": "NVIDIA H200"})
-    monkeypatch.setattr(full, "gate", lambda devices, format, progress: {"prefill": 0.004})
+    monkeypatch.setattr(full, "gate", lambda devices, format, progress, cpu_experts: {"prefill": 0.004})
     monkeypatch.setattr(full, "measure", measure)
     return calls
 
