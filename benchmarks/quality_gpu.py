@@ -4,9 +4,9 @@
 
 SOURCE becomes NF4, and with --calibration int4 too. KL divergences from SOURCE on the same windows: by the reference
 kernels in float32, which leaves what the 4 bits do and nothing else; by the same in bfloat16; by the kernels for many
-tokens, windows at once; and by a graph a token, from what SOURCE says in float32. Gate: those through the GPU's kernels
-within 1 % of the first. Rounding sends some tokens to other experts, so fewer windows tell less: 8 of them may differ
-by 2 %.
+tokens, windows at once; and by a graph a token, from what SOURCE says in float32. bfloat16 alone adds 1 to 1.5 %. Gate:
+those through the GPU's kernels at most 1 % above what the reference kernels give in bfloat16, and no more than 1 % below
+what they give in float32. Rounding sends some tokens to other experts, so fewer windows tell less.
 """
 
 import argparse
@@ -57,8 +57,9 @@ def main() -> None:
             gpu.write_result(gpu.result_path(options.out, "quality_gpu", result["hardware"]["gpu"]), result)
             print(name, result["formats"][name], flush=True)
     for name, row in result["formats"].items():
-        worst = max(abs(row[way] / row["float32"] - 1) for way in ("many_tokens", "single_tokens"))
-        assert worst < BOUND, f"{name}: KL divergence {worst:.2%} from that in float32"
+        for way in ("many_tokens", "single_tokens"):
+            assert row[way] < (1 + BOUND) * row["bfloat16"], f"{name}, {way}: KL divergence {row[way]:.6f}"
+            assert row[way] > (1 - BOUND) * row["float32"], f"{name}, {way}: KL divergence {row[way]:.6f}"
 
 
 def measure(path: Path, source: Path, windows_WT: Tensor) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a layer asks of the host in the middle of a step: on the GPU, and compiled for the CPU."""
 
 import ctypes
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,18 @@ def check_answer(device: torch.device) -> None:
     asking.ask(box, y, ids, weights, 0 * able, WHOLE, LEFT)
     box.answer.fill_(float("nan"))
     assert not asking.receive(box).any()
+    waiting = False
     for turn in (2, 3):
         asking.ask(box, y, ids, weights, able, WHOLE, LEFT)
         if device.type == "cuda":  # the GPU waits already
             asking.receive(box)
-            torch.cuda._sleep(10_000_000)
-            assert not torch.cuda.current_stream().query()
+            time.sleep(0.02)
+            waiting = not torch.cuda.current_stream().query()
         box.answer.copy_(torch.arange(3 * D).view(3, D) * turn)
         box.words[1] = turn
         extra = box.extra if device.type == "cuda" else asking.receive(box)
         synchronize(device)
-        assert torch.equal(extra.cpu()[0], box.answer)
+        assert torch.equal(extra.cpu()[0], box.answer) and (waiting or device.type == "cpu")
     asking.ask(box, y, ids, weights, able, WHOLE, LEFT)
     box.words[1] = -1  # no answer will come
     asking.receive(box)
