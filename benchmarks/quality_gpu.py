@@ -5,8 +5,8 @@
 SOURCE becomes NF4, and with --calibration int4 too. KL divergences from SOURCE on the same windows: by the reference
 kernels in float32, which leaves what the 4 bits do and nothing else; by the same in bfloat16; by the kernels for many
 tokens, windows at once; and by a graph a token, from what SOURCE says in float32. bfloat16 alone adds 1 to 1.5 %. Gate:
-those through the GPU's kernels at most 1 % above what the reference kernels give in bfloat16, and no more than 1 % below
-what they give in float32. Rounding sends some tokens to other experts, so fewer windows tell less.
+those through the GPU's kernels at most 1 % above what the reference kernels give in bfloat16, and no more than 1 %
+below what they give in float32. Rounding sends some tokens to other experts, so fewer windows tell less.
 """
 
 import argparse
