@@ -14,9 +14,10 @@ from minibble.quantize.checkpoint import Checkpoint
 from minibble.quantize.errors import CheckpointError, ConfigError
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.devices import best_dtype, the_devices, this_machine
+from minibble.runtime.devices import best_dtype, the_devices
 from minibble.runtime.experts import division
 from minibble.runtime.layout import by_module
+from minibble.runtime.measured import measured_machine
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import default_prefill_chunk, plan_memory
 from minibble.runtime.planning.planner import plan_placement
@@ -52,9 +53,9 @@ def load(
     what is free there. Experts that do not fit wait in host memory, up to `host_memory` bytes pinned, and then, if
     there is an `offload_folder`, in a file in it: kernels' layout for 4-bit checkpoints only. Prompts go through the
     layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. With `cpu_experts` the
-    CPU computes a part of each missing expert of a decode step while the rest is copied, which rounds otherwise, and
-    holds such parts twice as far as host memory goes. `progress` is called with bytes read, all bytes, and what is read
-    next. BudgetError says what is missing where even that does not fit; CheckpointError names what is missing, left
+    CPU computes a part of each missing expert of a decode step while the GPU reads the rest, which rounds otherwise,
+    and holds such parts twice as far as host memory goes. `progress` is called with bytes read, all bytes, and what is
+    read next. BudgetError says what is missing where even that does not fit; CheckpointError names what is missing, left
     over or not 4-bit.
     """
     checkpoint = Checkpoint.open(resolve_source(path))
@@ -63,9 +64,7 @@ def load(
     dtype = dtype or best_dtype(devices[0])
     folder = None if offload_folder is None else Path(offload_folder)
     if packs(checkpoint, devices, dtype):
-        machine = this_machine(devices, host_memory, folder)
-        if cpu_experts:
-            machine = division.helped(machine, checkpoint, dtype, devices[0])
+        machine = measured_machine(checkpoint, devices, dtype, host_memory, folder, cpu_experts)
         placement = plan_placement(
             checkpoint, machine, dtype=dtype, context=context, batch=batch, gpu_memory=gpu_memory,
             counts=_expert_counts(checkpoint), prefill_chunk=prefill_chunk,

@@ -21,8 +21,9 @@ from minibble.runtime.bench import routing
 from minibble.runtime.bench.layers import fill_randomly, random_state, real_config
 from minibble.runtime.bench.tables import WARM_STEPS
 from minibble.runtime.bench.whole import check_layers, check_offloaded
-from minibble.runtime.devices import gpu_bytes, this_machine
+from minibble.runtime.devices import gpu_bytes
 from minibble.runtime.experts import division
+from minibble.runtime.measured import measured_machine
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.planning.device_bytes import ConfigSource
 from minibble.runtime.planning.placement import Placement
@@ -75,9 +76,7 @@ def measure(config: ModelConfig, devices: Sequence[torch.device], run: Run, prog
     source = ConfigSource.of(config, run.format)
     lengths, counts = _routing(config, run.routing)
     longest = max(run.context + run.steps + WARM_STEPS, run.prompt)
-    machine = this_machine(devices, run.host_memory, run.folder)
-    if run.cpu_experts:
-        machine = division.helped(machine, source, torch.bfloat16, devices[0])
+    machine = measured_machine(source, devices, torch.bfloat16, run.host_memory, run.folder, run.cpu_experts)
     placement = plan_placement(
         source, machine, context=longest, gpu_memory=run.gpu_memory,
         counts=counts, prefill_chunk=run.prefill_chunk,

@@ -18,7 +18,7 @@ from minibble.quantize.errors import BudgetError, CheckpointError
 from minibble.quantize.formats import Format
 from minibble.quantize.job import quantize_checkpoint
 from minibble.quantize.nf4_math import decode
-from minibble.runtime import graphs, loading, unfilled
+from minibble.runtime import graphs, loading, measured, unfilled
 from minibble.runtime import model as model_module
 from minibble.runtime.experts import division
 from minibble.runtime.experts.lanes import HostLane
@@ -81,7 +81,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     there: dict[str, Any] = {"host_bytes": None, "disk_bytes": None}
     gpu = Gpu("cpu", 10**10)
     monkeypatch.setattr(
-        loading, "this_machine", lambda devices, host, folder: Machine((gpu,), there["host_bytes"], there["disk_bytes"])
+        measured,
+        "this_machine",
+        lambda devices, host, folder: Machine((gpu,), there["host_bytes"], there["disk_bytes"]),
     )
     for module in (table, unfilled):
         monkeypatch.setattr(module, "record_layouts", layouts)
