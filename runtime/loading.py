@@ -55,8 +55,8 @@ def load(
     layers by `prefill_chunk` tokens at a time, by default as many as suits device and memory. With `cpu_experts` the
     CPU computes a part of each missing expert of a decode step while the GPU reads the rest, which rounds otherwise,
     and holds such parts twice as far as host memory goes. `progress` is called with bytes read, all bytes, and what is
-    read next. BudgetError says what is missing where even that does not fit; CheckpointError names what is missing, left
-    over or not 4-bit.
+    read next. BudgetError says what is missing where even that does not fit; CheckpointError names what is missing,
+    left over or not 4-bit.
     """
     checkpoint = Checkpoint.open(resolve_source(path))
     tokenizer = load_tokenizer(checkpoint.path)  # a bad one is found before weights are read
