@@ -188,7 +188,7 @@ class ExpertStore:
         """Give back all memory and the file."""
         if not self._closed:
             self._closed = True
-            self._in_place = None
+            self._in_place = self.errands = None
             self._tiers.close()
             self._bank.close()
 

@@ -223,6 +223,7 @@ def test_experts_on_the_cpu(
     assert part is not None and report["predicted"]["cpu_units"] == part.units == 256
     assert report["measured"]["cpu_experts_bytes"] == report["predicted"]["cpu_experts"] * part.nbytes
     model.close()
+    assert store.errands is None, "the CPU's parts are given back"
 
 
 def test_experts_on_disk_come_whole(
