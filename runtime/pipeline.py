@@ -33,10 +33,10 @@ def hop(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Pause(Protocol):
-    """What has to happen between two stretches of a decode step; the second one is on `device`."""
+    """What has to happen between two stretches of a decode step, or beside one; what follows is on `device`."""
 
     device: torch.device
-    ends: bool  # a stretch; else that goes on as if nothing had been, and what the host does in between is its own
+    ends: bool  # whether the stretch ends here; if not, its graph goes on while the host does this
 
     def prepare(self) -> None:
         """Make what the next stretch refers to, before that is captured."""

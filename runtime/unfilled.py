@@ -112,8 +112,9 @@ class Unfilled:
         )
         own, division = [key for key in placement.computed if key[0] in plan.layers], placement.division
         processor = None if division is None or not own else Processor(own, division.units)
-        units = config.intermediate_size
-        store = ExpertStore(device, plan.record_bytes, tiers, folder, processor=processor, units=units)
+        store = ExpertStore(
+            device, plan.record_bytes, tiers, folder, processor=processor, units=config.intermediate_size
+        )
         self.model.stores.append(store)
         before: OffloadedTable | None = None
         for layer in plan.layers:

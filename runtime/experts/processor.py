@@ -1,4 +1,4 @@
-"""Experts whose last hidden units the CPU computes itself, while the others are copied to the GPU."""
+"""Experts whose last hidden units the CPU computes itself, while the GPU computes the others."""
 
 from collections.abc import Collection, Sequence
 from copy import deepcopy
