@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import tiny
+from golden import asked, tiny
 from golden.tiles_by_byte import read_back
 from golden.tiny_models import followed
 from safetensors.torch import load_file, save_file
@@ -111,29 +111,9 @@ def divided(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Itera
         context.setattr(rates, "DIVIDED_S", 0.0)  # beside which experts so small are nothing
         context.setattr(HostLane, "reached", lambda self, memory: memory.data_ptr())
         context.setattr(reads, "count_reads", lambda ids, far, counts: counts.add_(counted(ids, far)))
-        context.setattr(asking, "ask", ask)
-        context.setattr(asking, "receive", receive)
+        context.setattr(asking, "ask", asked.ask)
+        context.setattr(asking, "receive", asked.receive)
         yield quantized(tmp_path_factory.mktemp("divided"), make_source, hidden_size=256, intermediate_size=768)
-
-
-def ask(
-    box: asking.Mailbox, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor, able_E: Tensor, whole: int, left: int
-) -> None:
-    """What the kernel does."""
-    alone = (ids_MA[..., None] == ids_MA.flatten()).sum(-1) == 1
-    box.left.copy_(torch.where(alone & able_E[ids_MA.long()].bool(), left, whole))
-    for place, value in ((box.ids, ids_MA), (box.units, box.left), (box.weights, weights_MA), (box.y, y_MD)):
-        place.copy_(value)
-    box.turn[0] += 1
-    box.turn[1] = (box.left < whole).any()
-    box.words[0] = 2 * box.turn[0] + box.turn[1]
-
-
-def receive(box: asking.Mailbox) -> Tensor:
-    """What the kernel does, for which there must be an answer already."""
-    assert not box.turn[1] or box.words[1] == box.turn[0]
-    box.extra.copy_(box.answer if box.turn[1] else torch.zeros(()))
-    return box.extra
 
 
 def quantized(folder: Path, make_source: Any, **changes: Any) -> Path:
