@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,11 @@ def demo_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from minibble.quantize.job import quantize_checkpoint
 
     return quantize_checkpoint(demo_path(), tmp_path_factory.mktemp("demo") / "nf4", device="cpu").out
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The CPU in place of a GPU; see `golden/placed.py`."""
+    from golden.placed import replace_gpu
+
+    return replace_gpu(monkeypatch)

@@ -12,18 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from golden import tiny
 from golden.expert_stores import RECORD, make, placement
+from golden.offloaded import CHUNK, short_of
 from golden.tiny_models import followed
 from golden.tiny_models import make as make_model
 from torch import Tensor, nn
 
 import minibble
 from minibble.quantize.errors import BudgetError, CheckpointError, StateError
-from minibble.quantize.job import quantize_checkpoint
 from minibble.runtime import graphs
-from minibble.runtime.experts import division, in_place
-from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
 from minibble.runtime.experts.table import ALL_FROM, Fetch, OffloadedTable
 from minibble.runtime.experts.turns import Turns
@@ -31,12 +28,10 @@ from minibble.runtime.kernels.moe4 import moe4
 from minibble.runtime.kernels.moe4.table import RecordTable
 from minibble.runtime.kernels.tiles import TileLayout
 from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.planning import rates
 from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 
 CPU = torch.device("cpu")
-CHUNK = 4096  # tokens at a time: memory for smaller pieces would hold all of these small experts
 
 
 # On the CPU: in which order things are asked for.
@@ -201,13 +196,6 @@ def test_one_thread_at_a_time() -> None:
 # On GPUs: the built-in model.
 
 
-def short_of(folder: Path, share: float) -> int:
-    """GPU memory for all but that share of the experts."""
-    placed = minibble.load(folder, device="cuda:0", prefill_chunk=CHUNK).placement
-    assert placed is not None
-    return placed.total_bytes - int(share * sum(map(len, placed.resident))) * placed.record_bytes
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("prompt", [3, 150])
@@ -257,73 +245,6 @@ def test_one_sequence_reads_experts_where_they_wait(cuda_device: torch.device, d
         assert len(state.bound.graphs) == 1  # type: ignore[union-attr]
     finally:
         model.close()
-
-
-@pytest.fixture(params=["nf4", "int4"])
-def divided(
-    request: pytest.FixtureRequest, make_source: Any, make_int4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A checkpoint of whose missing experts the CPU computes a third."""
-    monkeypatch.setattr(division, "computed_units", lambda *given: 256)
-    monkeypatch.setattr(rates, "DIVIDED_S", 0.0)  # beside which experts so small are nothing
-    config = tiny.original_json(
-        hidden_size=256, intermediate_size=768, vocab_size=2000, num_hidden_layers=3, attn_type_list=[0, 0, 1]
-    )
-    source, quantized = make_source(tmp_path / "m", config=config), tmp_path / "q"
-    if request.param == "nf4":
-        quantize_checkpoint(source, quantized)
-    else:
-        make_int4(source, quantized, group=64)
-    for path in quantized.glob("tokenizer*"):
-        path.unlink()
-    return quantized
-
-
-def helped(folder: Path, device: torch.device) -> MiniMaxForCausalLM:
-    return minibble.load(folder, device=device, gpu_memory=short_of(folder, 0.9), prefill_chunk=CHUNK, cpu_experts=True)
-
-
-@pytest.mark.gpu
-def test_experts_that_the_cpu_computes(
-    cuda_device: torch.device, divided: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of one token and of several, launch by launch and in graphs: as the GPU but for rounding."""
-    resident = minibble.load(divided, device=cuda_device)
-    monkeypatch.setattr(in_place, "MOST", 4.0)  # which two sequences choose of layers that lack all
-    for batch in (1, 2):
-        model = helped(divided, cuda_device)
-        ids = torch.randint(4, 2000, (batch, 40), generator=torch.Generator().manual_seed(batch)).to(cuda_device)
-        ours, right = followed(model, ids, 10), followed(resident, ids, 10)
-        errors = (ours - right).norm(dim=-1) / right.norm(dim=-1)
-        assert errors.median() < 0.01, "of most tokens; rounding sends some to other experts"
-        assert model.stores[0].stats.computed > 0 and model.decode_path() == {"eager": 1, "graph": 29}
-        model.close()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_the_cpu_fails_while_the_gpu_waits_for_it(
-    cuda_device: torch.device, divided: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a graph and launch by launch: the GPU goes on, and the next request is right."""
-    model = helped(divided, cuda_device)
-    ids = torch.randint(4, 2000, (1, 40), generator=torch.Generator().manual_seed(3)).to(cuda_device)
-    right, plain, calls = followed(model, ids, 10), Processor.__call__, []
-    for last in (3, 25):
-
-        def failing(self: Processor, key: Any, x: Tensor, last: int = last) -> Tensor:
-            calls.append(key)
-            if len(calls) == last:
-                raise error
-            return plain(self, key, x)
-
-        calls.clear()
-        with monkeypatch.context() as context, pytest.raises(error):
-            context.setattr(Processor, "__call__", failing)
-            followed(model, ids, 10)
-        torch.cuda.synchronize()
-        assert torch.equal(followed(model, ids, 10), right)
-    model.close()
 
 
 @pytest.mark.gpu

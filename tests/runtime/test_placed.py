@@ -1,138 +1,27 @@
-"""From a checkpoint over a plan to logits, without a GPU: the kernels are read back byte by byte at their addresses."""
+"""From a checkpoint over a plan to logits, without a GPU."""
 
-import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden import asked, tiny
-from golden.tiles_by_byte import read_back
+from golden.placed import IDS, PROMPT, counted, placed, quantized
 from golden.tiny_models import followed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from minibble.quantize.errors import BudgetError, CheckpointError
-from minibble.quantize.formats import Format
-from minibble.quantize.job import quantize_checkpoint
-from minibble.quantize.nf4_math import decode
-from minibble.runtime import graphs, loading, measured, unfilled
-from minibble.runtime import model as model_module
-from minibble.runtime.experts import division
+from minibble.runtime import graphs, loading, unfilled
 from minibble.runtime.experts.lanes import HostLane
-from minibble.runtime.experts.processor import Processor
 from minibble.runtime.experts.store import ExpertStore
-from minibble.runtime.kernels.moe4 import asking, reads, table
-from minibble.runtime.kernels.moe4.table import RecordTable
-from minibble.runtime.kernels.tiles import TileLayout
+from minibble.runtime.kernels.moe4 import reads
 from minibble.runtime.loading import load
-from minibble.runtime.model import MiniMaxForCausalLM
-from minibble.runtime.planning import rates
-from minibble.runtime.planning.machine import Division, Gpu, Machine
-from minibble.runtime.planning.processors import divisions, part_nbytes
 from minibble.runtime.state import HybridState
-
-IDS = torch.tensor(tiny.prompts((30, 30), seed=11))
-PROMPT = 24
-W = ("w1", "w3", "w2")
-CHUNK = 64  # tokens at a time: memory for smaller pieces would hold all of these small experts
-_read: dict[bytes, Tensor] = {}
-
-
-def matrix(record: bytes, layout: TileLayout) -> Tensor:
-    key = record[: layout.nbytes]
-    if key not in _read:
-        _read[key] = read_back(key, layout)[: layout.N, : layout.K]
-    return _read[key]
-
-
-def by_address(
-    self: RecordTable,
-    addresses_E: Tensor,
-    x_MD: Tensor,
-    ids_MA: Tensor,
-    weights_MA: Tensor,
-    units_MA: Tensor | None = None,
-) -> Tensor:
-    """What the kernels compute, float32 [1, M, D], from the records to which the addresses on the device point."""
-    out = torch.zeros(x_MD.shape)
-    for token, (ids, weights) in enumerate(zip(ids_MA.tolist(), weights_MA.tolist(), strict=True)):
-        for slot, (expert, weight) in enumerate(zip(ids, weights, strict=True)):
-            record = ctypes.string_at(int(addresses_E[expert]), self.gate_up.nbytes + self.down.nbytes)
-            both = (matrix(record, self.gate_up) @ x_MD[token].float()).view(-1, 2, 16)
-            hidden = (F.silu(both[:, 0]) * both[:, 1]).flatten()
-            if units_MA is not None:
-                hidden[int(units_MA[token, slot]) :] = 0
-            out[token] += weight * (matrix(record[self.gate_up.nbytes :], self.down) @ hidden)
-    return out[None]
-
-
-def layouts(D: int, inner: int, format: Format, *others: Any) -> tuple[TileLayout, TileLayout]:
-    gate_up, down = TileLayout.of_format((inner, inner), D, format, True), TileLayout.of_format((D,), inner, format)
-    assert gate_up is not None and down is not None
-    return gate_up, down
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The CPU in place of a GPU, with as much memory as is said here, and the kernels in torch."""
-    there: dict[str, Any] = {"host_bytes": None, "disk_bytes": None}
-    gpu = Gpu("cpu", 10**10)
-    monkeypatch.setattr(
-        measured,
-        "this_machine",
-        lambda devices, host, folder: Machine((gpu,), there["host_bytes"], there["disk_bytes"]),
-    )
-    for module in (table, unfilled):
-        monkeypatch.setattr(module, "record_layouts", layouts)
-    there["caps"] = []
-    for module in (unfilled, model_module):
-        monkeypatch.setattr(module, "cap", lambda device, nbytes: there["caps"].append((str(device), nbytes)))
-    monkeypatch.setattr(graphs, "unfused", lambda model: None)
-    monkeypatch.setattr(RecordTable, "read", by_address)
-    monkeypatch.setattr(RecordTable, "__call__", lambda self, *given: by_address(self, self.addresses, *given))
-    return there
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Path:
     return quantized(tmp_path_factory.mktemp("placed"), make_source)
-
-
-@pytest.fixture(scope="module")
-def divided(tmp_path_factory: pytest.TempPathFactory, make_source: Any) -> Iterator[Path]:
-    """One whose experts can be divided, 512 hidden units for the GPU and 256 for the CPU."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(division.Copy, "seconds", lambda self: 1.0)
-        context.setattr(division, "compute_seconds", lambda processor, copy: processor.units / 512)
-        context.setattr(division, "AROUND_S", 0.0)
-        context.setattr(rates, "DIVIDED_S", 0.0)  # beside which experts so small are nothing
-        context.setattr(HostLane, "reached", lambda self, memory: memory.data_ptr())
-        context.setattr(reads, "count_reads", lambda ids, far, counts: counts.add_(counted(ids, far)))
-        context.setattr(asking, "ask", asked.ask)
-        context.setattr(asking, "receive", asked.receive)
-        yield quantized(tmp_path_factory.mktemp("divided"), make_source, hidden_size=256, intermediate_size=768)
-
-
-def quantized(folder: Path, make_source: Any, **changes: Any) -> Path:
-    config = tiny.original_json(num_hidden_layers=3, attn_type_list=[0, 0, 1], **changes)
-    source = make_source(folder / "m", config=config)
-    out = quantize_checkpoint(source, folder / "nf4").out
-    for path in out.glob("tokenizer*"):
-        path.unlink()
-    return out
-
-
-def placed(folder: Path, missing: int = 0, **options: Any) -> MiniMaxForCausalLM:
-    """The model, with memory for all experts but so many."""
-    whole = load(folder, device="cpu", dtype=torch.bfloat16, prefill_chunk=CHUNK)
-    assert whole.placement is not None and not whole.stores
-    if not missing:
-        return whole
-    budget = whole.placement.total_bytes - missing * whole.placement.record_bytes
-    return load(folder, budget, "cpu", torch.bfloat16, prefill_chunk=CHUNK, **options)
 
 
 def test_records_are_the_checkpoints_experts(folder: Path, machine: dict[str, Any]) -> None:
@@ -173,54 +62,6 @@ def test_experts_elsewhere_change_no_bit(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("batch", "missing"), [(1, 3), (2, 1)])
-def test_experts_on_the_cpu(
-    divided: Path, machine: dict[str, Any], batch: int, missing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens get the same but for rounding, the GPU the first hidden units of an expert that one token alone chose."""
-    ids = torch.tensor(tiny.prompts((30,) * batch, seed=12))
-    right = followed(placed(divided), ids, PROMPT)
-    model = placed(divided, missing, cpu_experts=True)
-    (store,) = model.stores
-    before, plain, left = store.stats, asking.receive, []
-
-    def look(box: asking.Mailbox) -> Tensor:
-        extra, units = plain(box), box.left
-        assert extra.any() == (units < 768).any()
-        assert all((box.ids == expert).sum() == 1 for expert in box.ids[units < 768]), "more tokens are the GPU's"
-        left.extend(units.flatten().tolist())
-        return extra
-
-    monkeypatch.setattr(asking, "receive", look)
-    found = followed(model, ids, PROMPT)
-    errors = (found - right).norm(dim=-1) / right.norm(dim=-1)
-    assert errors.median() < 0.01 and model.decode_path() == {"eager": ids.shape[1] - PROMPT}
-    stats = store.stats.since(before)
-    assert 0 < stats.computed <= stats.misses
-    assert set(left) == {512, 768} and left.count(512) == stats.computed
-    assert stats.bytes_from_host == (stats.misses + stats.prefetched - stats.computed / 3) * store.record_nbytes
-    report, part = model.memory_report(context=64), model.placement.division  # type: ignore[union-attr]
-    assert part is not None and report["predicted"]["cpu_units"] == part.units == 256
-    assert report["measured"]["cpu_experts_bytes"] == report["predicted"]["cpu_experts"] * part.nbytes
-    model.close()
-    assert store.errands is None, "the CPU's parts are given back"
-
-
-def test_experts_on_disk_come_whole(
-    divided: Path, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that were to be pinned, too, where that is refused: the CPU could compute parts of them."""
-    machine["disk_bytes"] = 10**9
-    right = followed(placed(divided), IDS, PROMPT)
-    monkeypatch.setattr(HostLane, "pin", lambda self, memory: "no more")
-    with pytest.warns(UserWarning, match="experts wait in disk"):
-        model = placed(divided, 3, cpu_experts=True, offload_folder=tmp_path)
-    (store,) = model.stores
-    assert torch.equal(followed(model, IDS, PROMPT), right)
-    assert model.placement.computed and store.stats.bytes_from_disk and not store.stats.computed  # type: ignore[union-attr]
-    model.close()
-
-
 @pytest.mark.parametrize("missing", [3, 5])
 def test_experts_read_where_they_wait(
     folder: Path, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, missing: int
@@ -243,78 +84,6 @@ def test_experts_read_where_they_wait(
     assert stats.hits + stats.misses == 2 * steps * lacking
     assert stats.bytes_from_host == stats.in_place * store.record_nbytes
     model.close()
-
-
-def counted(ids: Tensor, far: Tensor) -> Tensor:
-    """Different experts near and far."""
-    chosen = far[ids.flatten().unique().long()]
-    return torch.tensor([int((chosen == 0).sum()), int(chosen.sum())])
-
-
-def test_no_experts_on_a_cpu_that_is_too_slow(divided: Path, machine: dict[str, Any]) -> None:
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(division, "compute_seconds", lambda processor, copy: 60.0)
-        with pytest.warns(
-            UserWarning, match="the CPU computes no parts of experts: with 768 hidden units, on 1 threads"
-        ):
-            model = placed(divided, 3, cpu_experts=True)
-    assert all(store.errands is None for store in model.stores)
-    assert model.memory_report(context=64)["measured"]["cpu_experts_bytes"] == 0
-    model.close()
-
-
-def test_no_experts_on_a_cpu_of_which_the_plan_expects_nothing(divided: Path, machine: dict[str, Any]) -> None:
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(rates, "DIVIDED_S", 1.0)
-        with pytest.warns(UserWarning, match="to be quicker than reading them there"):
-            model = placed(divided, 3, cpu_experts=True)
-    assert model.placement.computed == () and model.placement.division is None  # type: ignore[union-attr]
-    assert all(store.errands is None for store in model.stores)
-    model.close()
-
-
-def test_the_cpu_helps_the_layers_of_which_it_holds_experts(divided: Path, machine: dict[str, Any]) -> None:
-    """With room for one: the other layers do not ask."""
-    model = placed(divided, 3, cpu_experts=True)
-    placement = model.placement
-    assert placement is not None and placement.division is not None and len(placement.computed) > 3
-    model.close()
-    machine["host_bytes"] = placement.host_bytes + placement.division.nbytes
-    model = placed(divided, 3, cpu_experts=True)
-    ((layer, _),) = model.placement.computed  # type: ignore[union-attr]
-    assert list(model.stores[0].errands.able) == [layer]  # type: ignore[union-attr]
-    assert followed(model, IDS[:1], PROMPT).isfinite().all() and model.stores[0].stats.computed > 0
-    model.close()
-
-
-def test_host_memory_for_experts_on_the_cpu(divided: Path, machine: dict[str, Any]) -> None:
-    """As many as there is room for beside the records, the hottest of each layer first."""
-    model = placed(divided, 3)
-    placement, source = model.placement, model.checkpoint
-    assert placement is not None
-    model.close()
-    waiting = sum(map(len, placement.pinned))
-    each = part_nbytes(source, 256, torch.float32)
-    assert 3 * each == part_nbytes(source, 768, torch.float32)
-    for room in (0, 1, 2, waiting, waiting + 5):
-        part = Division(256, 768, 256, each)
-        there = Machine((Gpu("cpu", 10**10),), 1000 + room * each + each // 2, division=part)
-        ways = list(divisions(placement.pinned, 1000, there))
-        assert [way for way, _ in ways] == [part] * bool(room)
-        keys = ways[0][1] if ways else ()
-        assert len(keys) == len(set(keys)) == min(room, waiting)
-        assert all(expert in placement.pinned[layer] for layer, expert in keys)
-    processor = Processor([(0, 1)], 256, torch.float32)
-    parts = [source.read(source.specs[f"model.layers.0.block_sparse_moe.experts.1.{name}.weight"]) for name in W]
-    processor.put((0, 1), "gate_up", parts[:2])
-    processor.put((0, 1), "down", parts[2:])
-    processor.put((0, 2), "down", parts[2:])  # not one of them
-    assert processor.nbytes == each
-    x = torch.randn(3, parts[0].shape[1], generator=torch.Generator().manual_seed(0))
-    gate, up, down = (decode(part).double() for part in parts)
-    hidden = F.silu(x.double() @ gate.t()) * (x.double() @ up.t())
-    right = hidden[:, 512:] @ down[:, 512:].t()
-    assert float((processor((0, 1), x) - right).norm() / right.norm()) < 1e-4
 
 
 def test_calibrated_checkpoints_keep_their_hottest_experts(folder: Path, machine: dict[str, Any]) -> None:
