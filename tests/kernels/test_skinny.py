@@ -34,6 +34,7 @@ struct Dim { int x; } gridDim, blockIdx, threadIdx;
 
 HARNESS = """
 // Every chunk of every unit is taken once, in the order of memory; the sums that warps leave have places of their own.
+// If DIVIDED, of every second job only half of the chunks: those of the first tiles, or the first of each tile.
 int main() {
     std::vector<int> counts(64, 3);
     std::vector<const char*> matrices(64);
@@ -46,10 +47,21 @@ int main() {
     for (int chunks : {1, 24, 36})
     for (int splits : {1, 2, 3})
     for (int segment : {4, 32})
-    for (int jobs : {1, 2, 7}) {
+    for (int jobs : {1, 2, 7})
+    for (int epilogue : {GATE_UP, DOWN}) {
         if (splits > chunks) continue;
         Args a = {};
-        a.tiles = tiles, a.chunks = chunks, a.splits = splits;
+        a.epilogue = epilogue, a.tiles = tiles, a.chunks = chunks, a.splits = splits;
+        std::set<long long> wanted;
+        for (int j = 0; j < jobs; ++j) {
+            bool half = DIVIDED && j % 2 == 0;
+            int used = half && epilogue == GATE_UP ? tiles / 2 : tiles;
+            int width = half && epilogue == DOWN ? (chunks + 1) / 2 : chunks;
+            counts[j] = DIVIDED ? 3 | (epilogue == GATE_UP ? 16 * used : 256 * width) << COUNT_BITS : 3;
+            for (int tile = 0; tile < used; ++tile)
+                for (int c = 0; c < width; ++c)
+                    wanted.insert((long long)matrices[j] + ((long long)tile * chunks + c) * CHUNK_NBYTES);
+        }
         a.segment_tiles = segment, a.sum_rows = (segment + WARPS) * 3;
         gridDim.x = grid;
         std::map<long long, int> taken;
@@ -70,7 +82,7 @@ int main() {
                         while (now.q < now.q_end) {
                             if (!more || ahead.from != now.from) return printf("the ring holds another chunk");
                             ++taken[(long long)now.from];
-                            if (now.c < 0 || now.c >= now.width || now.tile < 0 || now.tile >= seg.count)
+                            if (now.c < 0 || now.c >= now.width || now.tile < 0 || now.tile >= seg.used(a))
                                 return printf("place");
                             slots.insert(now.tile + warp);
                             if (now.tile + warp >= seg.count + WARPS) return printf("slot");
@@ -84,7 +96,8 @@ int main() {
             }
             for (int unit = start; unit < stop;) {  // slots of neighbouring warps are apart
                 Segment seg = segment_at(a, sh, unit, stop);
-                int width = split_start(a, seg.split + 1) - split_start(a, seg.split), total = seg.count * width;
+                int width = split_start(a, seg, seg.split + 1) - split_start(a, seg, seg.split);
+                int total = seg.used(a) * width;
                 std::set<int> slots;
                 for (int w = 0; w < WARPS; ++w)
                     for (int q = w * total / WARPS; q < (w + 1) * total / WARPS;) {
@@ -95,9 +108,9 @@ int main() {
                 unit += seg.count;
             }
         }
-        if (last != units || (int)taken.size() != jobs * tiles * chunks) return printf("chunks: %zu", taken.size());
+        if (last != units || taken.size() != wanted.size()) return printf("chunks: %zu", taken.size());
         for (auto& one : taken)
-            if (one.second != 1) return printf("taken %d times", one.second);
+            if (one.second != 1 || !wanted.count(one.first)) return printf("taken %d times", one.second);
     }
     printf("ok");
 }
@@ -111,15 +124,16 @@ def section(name: str, start: str, end: str | None) -> str:
     return text[first : None if end is None else text.index(end, first)]
 
 
+@pytest.mark.parametrize("divided", [0, 1])
 @pytest.mark.parametrize("warps", skinny.WARPS)
-def test_every_chunk_is_taken_once(tmp_path: Path, warps: int) -> None:
+def test_every_chunk_is_taken_once(tmp_path: Path, warps: int, divided: int) -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     parts = [
         SHIMS,
         f"#define WARPS {warps}\n#define TOKENS 8\n#define TABLE_STRIDE 128\n",
-        "#define SCALE_KIND 0\n#define SCALE_COLUMNS 64\n",
+        f"#define SCALE_KIND 0\n#define SCALE_COLUMNS 64\n#define DIVIDED {divided}\n",
         "typedef unsigned int u32;\ntypedef unsigned long long u64;",
         section("skinny_shape.cuh", "#define FRAGMENTS", None),
         section("skinny_work.cuh", "struct Shared", "// The matrix of the lane's expert"),
