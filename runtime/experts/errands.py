@@ -19,8 +19,10 @@ _LOOKS = 1 << 14  # for a question, until the host asks whether the device works
 
 
 class Errands:
-    """Those of one device, for experts of which `processor` has the last of `whole` hidden units; `computed` counts
-    them."""
+    """What the CPU does for one device: parts of experts of which `processor` has the last of `whole` hidden units.
+
+    `computed` counts them.
+    """
 
     def __init__(self, device: torch.device, lane: Lane, processor: Processor, whole: int, experts: int):
         self.device, self.lane, self.processor, self.whole, self.computed = device, lane, processor, whole, 0
