@@ -1,6 +1,7 @@
 """What the machine that this runs on offers to a model: bytes that are free, and rates where hosts differ."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -41,7 +42,9 @@ def measured_machine(
 
 def disk_rate(folder: Path, record_nbytes: int) -> float:
     """Bytes a second at which records of that size come from a file in `folder`, which is gone afterwards."""
-    records = DiskRecords(folder, record_nbytes, [(0, expert) for expert in range(_READS)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the disk refuses: the file of the experts will say so, too
+        records = DiskRecords(folder, record_nbytes, [(0, expert) for expert in range(_READS)])
     memory = HostRecords(HostLane(), -(-record_nbytes // PAGE) * PAGE, 1, pinned=False)
     (buffer,) = memory.records
     try:

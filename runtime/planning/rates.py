@@ -17,7 +17,9 @@ STEP_S = 0.6e-3  # Python and sampling: on two H200 steps of 80 layers took 10.0
 # A layer that asks the host which experts come, and each that does, beside its copy: with all 80 layers asking 2.4 and
 # 4.8 ms for 2.3 missed (one host was half as fast as the other), 3.9 and 6.9 for 10, 5.0 for 66.
 PAUSE_S, MISS_S = 35e-6, 60e-6
-DIVIDED_S = 100e-6  # of an expert that the CPU computes in part, beside the reading of the rest
+# Of an expert that the CPU computes in part, beside the reading of the rest: 30 us on one host, where 52 a step saved
+# 26.2 ms; more, since hosts differ.
+DIVIDED_S = 100e-6
 IN_PLACE_SHARE = 0.915  # of the rate of copies, at which kernels read experts in host memory: 50.3 GB/s of 54.9
 
 
