@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from minibble.runtime.experts import division
 from minibble.runtime.experts.disk import PAGE, DiskRecords
 from minibble.runtime.experts.host import HostRecords
 from minibble.runtime.experts.lanes import HostLane
+from minibble.runtime.experts.tiers import Transfer
 from minibble.runtime.plan import Source
 from minibble.runtime.planning.device_bytes import model_bytes
 from minibble.runtime.planning.machine import Machine
@@ -50,21 +50,16 @@ def disk_rate(folder: Path, record_nbytes: int) -> float:
     try:
         buffer.random_()
         for key in records.index:
-            work: list[Future[None]] = []
-            records.write(key, buffer, lambda: None, work)
-            _finish(work)
+            written = Transfer(key, buffer)
+            records.write(key, buffer, lambda: None, written.work)
+            written.result()
         records.seal()
         began = time.perf_counter()
         for key in records.index:
-            work = []
-            records.read(key, buffer, work)
-            _finish(work)
+            read = Transfer(key, buffer)
+            records.read(key, buffer, read.work)
+            read.result()
         return _READS * record_nbytes / (time.perf_counter() - began)
     finally:
         records.close()
         memory.close()
-
-
-def _finish(work: list[Future[None]]) -> None:
-    for piece in work:
-        piece.result()

@@ -15,14 +15,12 @@ from minibble.runtime.bench.check import WrongResult, kernels
 from minibble.runtime.bench.gpu import poisoned
 from minibble.runtime.bench.layers import fill_randomly, random_model
 from minibble.runtime.decode import Inputs, decode_step
-from minibble.runtime.devices import best_dtype, this_machine
-from minibble.runtime.experts.division import unit_step
+from minibble.runtime.devices import this_machine
+from minibble.runtime.experts.division import division_at, unit_step
 from minibble.runtime.model import MiniMaxForCausalLM
 from minibble.runtime.plan import PREFILL_CHUNK_CUDA
 from minibble.runtime.planning.device_bytes import ConfigSource
-from minibble.runtime.planning.machine import Division
 from minibble.runtime.planning.planner import plan_placement
-from minibble.runtime.planning.processors import part_nbytes
 from minibble.runtime.state import HybridState
 from minibble.runtime.unfilled import Unfilled
 
@@ -78,27 +76,22 @@ def check_offloaded(
         raise WrongResult(f"with experts off the GPU the logits of {off:.0%} of the tokens are others")
     if not divided:
         return {}
+    assert source.format is not None
+    step = unit_step(source.format)
+    quarter = source.config.intermediate_size // 4 // step * step
     helped = plan_placement(
-        source, replace(machine, division=_quarter(source)), context=T + steps,
+        source, replace(machine, division=division_at(source, quarter)), context=T + steps,
         gpu_memory=whole.total_bytes - less, prefill_chunk=PREFILL_CHUNK_CUDA,
     )  # fmt: skip
     assert helped.computed, "the CPU has no part of any expert"
-    ours, right = (
-        logits[-1, -steps:] for logits in (_followed(Unfilled.placed(source, helped), ids.to(device), T), found[0])
-    )
+    ours = _followed(Unfilled.placed(source, helped), ids.to(device), T)[-1, -steps:]
+    right = found[0][-1, -steps:]
     error = float(((ours - right).norm(dim=-1) / right.norm(dim=-1)).median())
     if not error <= BOUND:
         raise WrongResult(
             f"with parts of experts on the CPU logits are off by {error:.1e}, at most {BOUND:.0e} allowed"
         )
     return {"divided": float(f"{error:.3g}")}
-
-
-def _quarter(source: ConfigSource) -> Division:
-    assert source.format is not None
-    whole, step = source.config.intermediate_size, unit_step(source.format)
-    units = whole // 4 // step * step
-    return Division(units, whole, step, part_nbytes(source, units, best_dtype(torch.device("cpu"))))
 
 
 def _followed(unfilled: Unfilled, ids: Tensor, prompt: int) -> Tensor:

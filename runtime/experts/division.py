@@ -49,9 +49,14 @@ def helped(machine: Machine, source: Source, dtype: torch.dtype, device: torch.d
             stacklevel=3,
         )
         return machine
-    whole, step = config.intermediate_size, unit_step(format)
-    part = Division(units, whole, step, part_nbytes(source, units, best_dtype(CPU)))
-    return replace(machine, division=part)
+    return replace(machine, division=division_at(source, units))
+
+
+def division_at(source: Source, units: int) -> Division:
+    """The one of the experts of `source`, in 4 bits, that leaves so many hidden units to this CPU."""
+    assert source.format is not None
+    nbytes = part_nbytes(source, units, best_dtype(CPU))
+    return Division(units, source.config.intermediate_size, unit_step(source.format), nbytes)
 
 
 def unit_step(format: Format) -> int:

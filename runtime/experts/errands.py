@@ -26,30 +26,34 @@ class Errands:
 
     def __init__(self, device: torch.device, lane: Lane, processor: Processor, whole: int, experts: int):
         self.device, self.lane, self.processor, self.whole, self.computed = device, lane, processor, whole, 0
-        self.able = {layer: _marked(processor.keys, layer, experts, device) for layer, _ in processor.keys}
-        self.share = processor.units / whole  # of an expert that is divided
-        self._boxes: dict[tuple[int, int], tuple[asking.Mailbox, Errand]] = {}
+        layers = {layer for layer, _ in processor.keys}
+        self.able = {layer: _marked(processor.keys, layer, experts, device) for layer in layers}
+        self._errands: dict[tuple[int, int], Errand] = {}
+
+    @property
+    def share(self) -> float:
+        """Of an expert that is divided, the CPU's part."""
+        return self.processor.units / self.whole
 
     def ask(self, layer: int, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Errand | None":
         """Post what a layer chose; None if the CPU has nothing of its experts."""
         if layer not in self.able:
             return None
         (M, A), D = ids_MA.shape, y_MD.shape[1]
-        if (layer, M) not in self._boxes:  # by the first step, which is not captured
-            box = asking.Mailbox(M, A, D, self.device)
-            self._boxes[layer, M] = box, Errand(self, layer, box)
-        box, errand = self._boxes[layer, M]
-        left = self.whole - self.processor.units
-        asking.ask(box, y_MD, ids_MA.contiguous(), weights_MA.contiguous(), self.able[layer], self.whole, left)
+        if (layer, M) not in self._errands:  # by the first step, which is not captured
+            self._errands[layer, M] = Errand(self, layer, asking.Mailbox(M, A, D, self.device))
+        errand, left = self._errands[layer, M], self.whole - self.processor.units
+        asking.ask(errand.box, y_MD, ids_MA.contiguous(), weights_MA.contiguous(), self.able[layer], self.whole, left)
         return errand
 
     def give_up(self) -> None:
         """Let the device go on without the answers that it still waits for, and wait until it is done."""
-        for box, _ in self._boxes.values():
-            box.words[1] = -1
+        for errand in self._errands.values():
+            errand.box.words[1] = -1
         self.lane.finish()
-        for box, errand in self._boxes.values():
-            errand.seen, box.words[1] = int(box.words[0]) >> 1, 0
+        for errand in self._errands.values():
+            words = errand.box.words
+            errand.seen, words[1] = int(words[0]) >> 1, 0
 
 
 class Errand:
@@ -80,10 +84,10 @@ class Errand:
 
     def _asked(self) -> bool:
         """Whether the next question, for which the host waits, asks for anything."""
-        looks = 0
+        looks, lane = 0, self.errands.lane
         while (posted := int(self._words[0])) >> 1 == self.seen:
             looks += 1
-            if looks % _LOOKS == 0 and self.errands.lane.idle() and int(self._words[0]) == posted:
+            if looks % _LOOKS == 0 and lane.passed(lane.mark()) and int(self._words[0]) == posted:
                 raise KernelError(f"{self.device}: layer {self.layer} of a decode step did not ask for its experts")
         self.seen = posted >> 1
         return bool(posted & 1)

@@ -61,9 +61,6 @@ class Lane(Protocol):
     def finish(self) -> None:
         """Let the host wait for everything."""
 
-    def idle(self) -> bool:
-        """Whether all computing issued so far is done; an error of the device's is raised here."""
-
     def stall_s(self) -> float:
         """Seconds that computing has waited for marks, as far as they are known yet."""
 
@@ -106,9 +103,6 @@ class HostLane:
         return None
 
     def finish(self) -> None: ...
-
-    def idle(self) -> bool:
-        return True
 
     def stall_s(self) -> float:
         return 0.0
@@ -196,9 +190,6 @@ class CudaLane:
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.device)
-
-    def idle(self) -> bool:
-        return bool(torch.cuda.current_stream(self.device).query())
 
     def stall_s(self) -> float:
         while self._timed and self._timed[0][1].query():

@@ -60,9 +60,7 @@ class OffloadedTable(RecordTable):
             self.store.used(self.layer)
 
     def fetch(self, y_MD: Tensor, ids_MA: Tensor, weights_MA: Tensor) -> "Fetch | Errand | None":
-        if not self._missing:
-            return None
-        if self._readable(ids_MA) is None:
+        if not self._at_hand(ids_MA):
             return Fetch(self, ids_MA)
         errands = self.store.errands
         return None if errands is None else errands.ask(self.layer, y_MD, ids_MA, weights_MA)

@@ -1,6 +1,7 @@
 """Tiny checkpoints placed by a plan without a GPU: the kernels are read back byte by byte at their addresses."""
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,13 @@ def counted(ids: Tensor, far: Tensor) -> Tensor:
     return torch.tensor([int((chosen == 0).sum()), int(chosen.sum())])
 
 
-def quantized(folder: Path, make_source: Any, **changes: Any) -> Path:
+def quantized(
+    folder: Path, make_source: Any, quantize: Callable[[Path, Path], Any] = quantize_checkpoint, **changes: Any
+) -> Path:
+    """A model of three layers in 4 bits, by default NF4, without a tokenizer."""
     config = tiny.original_json(num_hidden_layers=3, attn_type_list=[0, 0, 1], **changes)
-    source = make_source(folder / "m", config=config)
-    out = quantize_checkpoint(source, folder / "nf4").out
+    out = folder / "q"
+    quantize(make_source(folder / "m", config=config), out)
     for path in out.glob("tokenizer*"):
         path.unlink()
     return out

@@ -24,6 +24,8 @@ from minibble.runtime.kernels.tiles import TileLayout, pack
 BLOCKS = 3  # multiprocessors of the GPU that there is not
 SHARED_NBYTES = 232448  # of one of Hopper's
 
+Held = tuple[Tensor, Tensor, Tensor]  # gate, up and down of an expert, transposed, float64
+
 pytestmark = pytest.mark.skipif(not emulated.available(), reason="no C++ compiler")
 
 
@@ -116,6 +118,33 @@ def test_products(counters: Tensor, format: Format, M: int) -> None:
         assert relative(sums.sum(0), exact) < 1.5e-3
 
 
+def some_experts(number: int, D: int, F: int, format: Format, seed: int) -> tuple[ExpertTable, list[Held]]:
+    """Random ones in records, and beside them what these hold."""
+    generator = torch.Generator().manual_seed(seed)
+    gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
+    down = TileLayout.make((D,), F, format.levels, format.block_size, True)
+    assert gate_up is not None and down is not None
+    table, held = ExpertTable(number, gate_up, down, torch.device("cpu")), []
+    for expert in range(number):
+        gate, up = (format.encode(torch.randn(F, D, generator=generator) * D**-0.5) for _ in range(2))
+        last = format.encode(torch.randn(D, F, generator=generator) * F**-0.5)
+        table.put(expert, "gate_up", [gate, up])
+        table.put(expert, "down", [last])
+        held.append((decode(gate).double().t(), decode(up).double().t(), decode(last).double().t()))
+    return table, held
+
+
+def summed(held: list[Held], x: Tensor, ids: Tensor, weights: Tensor, first: Tensor | None = None) -> Tensor:
+    """What the experts give, float64; of each only its `first` hidden units if they are given."""
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for expert, (gate, up, down) in enumerate(held):
+        units = len(down) if first is None else int(first[expert])
+        share = (weights * (ids == expert)).sum(1).double()
+        hidden = torch.nn.functional.silu(x.double() @ gate) * (x.double() @ up)
+        total += share[:, None] * (hidden[:, :units] @ down[:units])
+    return total
+
+
 @pytest.mark.parametrize(
     ("format", "M", "experts", "active"),
     [(NF4(), 1, 4, 2), (NF4(), 11, 3, 2), (NF4(), 20, 5, 2), (Int4(32), 3, 40, 3), (Int4(128), 6, 2, 1)],
@@ -123,82 +152,44 @@ def test_products(counters: Tensor, format: Format, M: int) -> None:
 )
 def test_experts(counters: Tensor, format: Format, M: int, experts: int, active: int) -> None:
     """Few pairs and many, more experts than a warp has lanes, more than 8 tokens of one expert, one expert each."""
-    D, F = 256, 512
+    table, held = some_experts(experts, 256, 512, format, M)
     generator = torch.Generator().manual_seed(M)
-    gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
-    down = TileLayout.make((D,), F, format.levels, format.block_size, True)
-    assert gate_up is not None and down is not None
-    table = ExpertTable(experts, gate_up, down, torch.device("cpu"))
-    held = []
-    for expert in range(experts):
-        gate, up = (format.encode(torch.randn(F, D, generator=generator) * D**-0.5) for _ in range(2))
-        last = format.encode(torch.randn(D, F, generator=generator) * F**-0.5)
-        table.put(expert, "gate_up", [gate, up])
-        table.put(expert, "down", [last])
-        held.append([decode(q).double().t() for q in (gate, up, last)])
-    x = torch.randn(M, D, generator=generator).bfloat16()
+    x = torch.randn(M, 256, generator=generator).bfloat16()
     ids = torch.rand(M, experts, generator=generator).topk(active).indices.int()
     weights = torch.rand(M, active, generator=generator)
-    exact = torch.zeros(M, D, dtype=torch.float64)
-    for expert, (gate64, up64, down64) in enumerate(held):
-        share = (weights * (ids == expert)).sum(1).double()
-        hidden = torch.nn.functional.silu(x.double() @ gate64) * (x.double() @ up64)
-        exact += share[:, None] * (hidden @ down64)
-    assert relative(table.decode(x, ids, weights).sum(0), exact) < 3e-3
+    assert relative(table.decode(x, ids, weights).sum(0), summed(held, x, ids, weights)) < 3e-3
 
 
 @pytest.mark.parametrize(("format", "M", "experts"), [(NF4(), 1, 4), (Int4(64), 5, 6), (NF4(), 18, 40)], ids=str)
 def test_experts_of_which_the_first_units_count(counters: Tensor, format: Format, M: int, experts: int) -> None:
     """One chunk of four for some of those that one token chose, two for others; nothing else of them is read."""
     D, F = 256, 1024
+    table, held = some_experts(experts, D, F, format, M)
     generator = torch.Generator().manual_seed(M)
-    gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
-    down = TileLayout.make((D,), F, format.levels, format.block_size, True)
-    assert gate_up is not None and down is not None
-    table = ExpertTable(experts, gate_up, down, torch.device("cpu"))
+    x = torch.randn(M, D, generator=generator).bfloat16()
     ids = torch.rand(M, experts, generator=generator).topk(2).indices.int()
-    weights, x = torch.rand(M, 2, generator=generator), torch.randn(M, D, generator=generator).bfloat16()
+    weights = torch.rand(M, 2, generator=generator)
     alone = torch.tensor([int((ids == expert).sum()) == 1 for expert in range(experts)])
     first = torch.where(alone, 256 * (1 + torch.arange(experts) % 2), F)
     assert alone[ids.long()].any()
-    exact = torch.zeros(M, D, dtype=torch.float64)
-    for expert in range(experts):
-        gate, up = (format.encode(torch.randn(F, D, generator=generator) * D**-0.5) for _ in range(2))
-        last = format.encode(torch.randn(D, F, generator=generator) * F**-0.5)
-        table.put(expert, "gate_up", [gate, up])
-        table.put(expert, "down", [last])
-        gate64, up64, down64 = (decode(q).double().t() for q in (gate, up, last))
-        units = int(first[expert])
-        if units < F:  # codes and scales that would give NaN or nonsense
-            record, start = table.record(expert), gate_up.nbytes
-            record[units // 16 * gate_up.chunks * gate_up.chunk_nbytes : gate_up.meta_start] = 0xFF
-            tiles = record[start : start + down.meta_start].view(down.tiles, down.chunks, down.chunk_nbytes)
-            tiles[:, units // 256 :] = 0xFF
-        share = (weights * (ids == expert)).sum(1).double()
-        hidden = torch.nn.functional.silu(x.double() @ gate64) * (x.double() @ up64)
-        exact += share[:, None] * (hidden[:, :units] @ down64[:units])
-    units_MA = first[ids.long()].int().contiguous()
-    assert relative(table.read(table.addresses, x, ids, weights, units_MA).sum(0), exact) < 3e-3
+    gate_up, down = table.gate_up, table.down
+    for expert in alone.nonzero().flatten().tolist():  # codes and scales that would give NaN or nonsense
+        record, units = table.record(expert), int(first[expert])
+        record[units // 16 * gate_up.chunks * gate_up.chunk_nbytes : gate_up.meta_start] = 0xFF
+        tiles = record[gate_up.nbytes :][: down.meta_start].view(down.tiles, down.chunks, down.chunk_nbytes)
+        tiles[:, units // 256 :] = 0xFF
+    found = table.read(table.addresses, x, ids, weights, first[ids.long()].int().contiguous()).sum(0)
+    assert relative(found, summed(held, x, ids, weights, first)) < 3e-3
 
 
 @pytest.mark.parametrize("M", [1, 5])
 def test_an_expert_chosen_twice(counters: Tensor, M: int) -> None:
-    """As where the CPU computes a token's other expert: a job has more pairs than there are tokens."""
-    D, F, format = 256, 512, NF4()
+    """A job has more pairs than there are tokens."""
+    table, held = some_experts(1, 256, 512, NF4(), M)
     generator = torch.Generator().manual_seed(M)
-    gate_up = TileLayout.make((F, F), D, format.levels, format.block_size, True, True)
-    down = TileLayout.make((D,), F, format.levels, format.block_size, True)
-    assert gate_up is not None and down is not None
-    table = ExpertTable(1, gate_up, down, torch.device("cpu"))
-    gate, up, last = (format.encode(torch.randn(*shape, generator=generator) * 0.05)
-                      for shape in ((F, D), (F, D), (D, F)))  # fmt: skip
-    table.put(0, "gate_up", [gate, up])
-    table.put(0, "down", [last])
-    x, ids = torch.randn(M, D, generator=generator).bfloat16(), torch.zeros(M, 2, dtype=torch.int32)
+    x, ids = torch.randn(M, 256, generator=generator).bfloat16(), torch.zeros(M, 2, dtype=torch.int32)
     weights = torch.rand(M, 2, generator=generator)
-    hidden = torch.nn.functional.silu(x.double() @ decode(gate).double().t()) * (x.double() @ decode(up).double().t())
-    exact = weights.sum(1, keepdim=True).double() * (hidden @ decode(last).double().t())
-    assert relative(table.decode(x, ids, weights).sum(0), exact) < 3e-3
+    assert relative(table.decode(x, ids, weights).sum(0), summed(held, x, ids, weights)) < 3e-3
 
 
 def test_tokens_in_turns(counters: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

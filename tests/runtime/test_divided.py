@@ -1,5 +1,6 @@
 """Experts of which the CPU computes a part: on the CPU, with the kernels in torch, and on a GPU."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,8 @@ def divided_gpu(
     """A checkpoint of whose missing experts the CPU computes a third."""
     monkeypatch.setattr(division, "computed_units", lambda *given: 256)
     monkeypatch.setattr(rates, "DIVIDED_S", 0.0)  # beside which experts so small are nothing
-    config = tiny.original_json(
-        hidden_size=256, intermediate_size=768, vocab_size=2000, num_hidden_layers=3, attn_type_list=[0, 0, 1]
-    )
-    source, quantized = make_source(tmp_path / "m", config=config), tmp_path / "q"
-    if request.param == "nf4":
-        quantize_checkpoint(source, quantized)
-    else:
-        make_int4(source, quantized, group=64)
-    for path in quantized.glob("tokenizer*"):
-        path.unlink()
-    return quantized
+    quantize = quantize_checkpoint if request.param == "nf4" else partial(make_int4, group=64)
+    return quantized(tmp_path, make_source, quantize, hidden_size=256, intermediate_size=768, vocab_size=2000)
 
 
 def helped(folder: Path, device: torch.device) -> MiniMaxForCausalLM:

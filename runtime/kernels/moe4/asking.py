@@ -29,8 +29,8 @@ class Mailbox:
 
     In host memory, which the device must reach: `ids`, `units`, int32 [M, A], `weights`, float32 [M, A], and `y`,
     bfloat16 [M, D], of the question; `answer`, float32 [M, D]; `words`, int32 [2], the last question's number and the
-    last answer's. On the device: `left`, int32 [M, A], hidden units that the kernels are to compute; `extra`, float32
-    [1, M, D], what is to be added.
+    last answer's. On the device: `left`, int32 [M, A], hidden units that the kernels are to compute; `turn`, int32
+    [2], the last question's number and whether it asked for anything; `extra`, float32 [1, M, D], what is to be added.
     """
 
     def __init__(self, M: int, A: int, D: int, device: torch.device):
