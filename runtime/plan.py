@@ -24,7 +24,8 @@ from minibble.runtime.layout import by_module
 # in pieces of 1,024, 152 in one; 4,096 give an expert 256 tokens, a full tile of the kernel for many, for 0.6 GB.
 PREFILL_CHUNK = 1024
 PREFILL_CHUNK_CUDA = 4096
-TILE_NBYTES = 18 << 20  # sums that blocks of the kernel for many tokens hand to each other, on 132 processors
+# Sums that blocks hand to each other: of the kernel for many tokens, on 132 processors, and of the one for few.
+HANDED_OVER_NBYTES = (18 << 20) + (8 << 20)
 CUBLAS_NBYTES = 32 << 20  # what cuBLAS takes for itself on Hopper through torch's allocator
 
 
@@ -186,7 +187,7 @@ def fused_workspace_nbytes(config: ModelConfig, dtype: torch.dtype, tokens: int)
     routed = tokens * config.experts_per_token * (2 * D + config.intermediate_size) * dtype.itemsize
     work = hidden + max(projected + 2 * tokens * HK * dtype.itemsize, routed)
     # Decode steps have a stream, and so these, of their own, and graphs a place for the sums.
-    return 2 * CUBLAS_NBYTES + 3 * TILE_NBYTES + work
+    return 2 * CUBLAS_NBYTES + 3 * HANDED_OVER_NBYTES + work
 
 
 def loading_nbytes(source: Source, device: torch.device, dtype: torch.dtype) -> int:

@@ -48,11 +48,11 @@ class Emulated:
 
 
 @pytest.fixture(params=[900, 800], ids=["hopper", "before"])
-def counters(
+def partial_sums(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Tensor]:
-    """Puts the CPU in the GPU's place; yields the counters that blocks share, which end as they began."""
-    held = torch.zeros(64, dtype=torch.int32)
+    """Puts the CPU in the GPU's place; yields the sums that blocks hand over, which end as they began."""
+    held = torch.full((4 * 19 * 128,), -1, dtype=torch.int32)
 
     def kernel(
         warps: int, scale_kind: int, scale_columns: int, tokens: int, table_stride: int, divided: bool
@@ -67,13 +67,13 @@ def counters(
     monkeypatch.setattr(skinny, "_kernel", kernel)
     monkeypatch.setattr(skinny, "multiprocessors", lambda device: BLOCKS)
     monkeypatch.setattr(skinny, "shared_limit", lambda device: SHARED_NBYTES)
-    monkeypatch.setattr(skinny, "counters", lambda device: held)
+    monkeypatch.setattr(skinny, "partial_sums", lambda device: held)
     for kept in (skinny.splits_for, skinny.most_tokens):
         kept.cache_clear()
     yield held
     for kept in (skinny.splits_for, skinny.most_tokens):
         kept.cache_clear()
-    assert not held.any()
+    assert (held == -1).all()
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
@@ -99,7 +99,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ],
     ids=str,
 )
-def test_products(counters: Tensor, format: Format, M: int) -> None:
+def test_products(partial_sums: Tensor, format: Format, M: int) -> None:
     """Two parts, rows that fill no tile, and, where the layout can, columns that fill no chunk; whole and cut."""
     K = 1024 if isinstance(format, NF4) and format.double_quant else 640
     generator = torch.Generator().manual_seed(M)
@@ -150,7 +150,7 @@ def summed(held: list[Held], x: Tensor, ids: Tensor, weights: Tensor, first: Ten
     [(NF4(), 1, 4, 2), (NF4(), 11, 3, 2), (NF4(), 20, 5, 2), (Int4(32), 3, 40, 3), (Int4(128), 6, 2, 1)],
     ids=str,
 )
-def test_experts(counters: Tensor, format: Format, M: int, experts: int, active: int) -> None:
+def test_experts(partial_sums: Tensor, format: Format, M: int, experts: int, active: int) -> None:
     """Few pairs and many, more experts than a warp has lanes, more than 8 tokens of one expert, one expert each."""
     table, held = some_experts(experts, 256, 512, format, M)
     generator = torch.Generator().manual_seed(M)
@@ -161,7 +161,7 @@ def test_experts(counters: Tensor, format: Format, M: int, experts: int, active:
 
 
 @pytest.mark.parametrize(("format", "M", "experts"), [(NF4(), 1, 4), (Int4(64), 5, 6), (NF4(), 18, 40)], ids=str)
-def test_experts_of_which_the_first_units_count(counters: Tensor, format: Format, M: int, experts: int) -> None:
+def test_experts_of_which_the_first_units_count(partial_sums: Tensor, format: Format, M: int, experts: int) -> None:
     """One chunk of four for some of those that one token chose, two for others; nothing else of them is read."""
     D, F = 256, 1024
     table, held = some_experts(experts, D, F, format, M)
@@ -183,7 +183,7 @@ def test_experts_of_which_the_first_units_count(counters: Tensor, format: Format
 
 
 @pytest.mark.parametrize("M", [1, 5])
-def test_an_expert_chosen_twice(counters: Tensor, M: int) -> None:
+def test_an_expert_chosen_twice(partial_sums: Tensor, M: int) -> None:
     """A job has more pairs than there are tokens."""
     table, held = some_experts(1, 256, 512, NF4(), M)
     generator = torch.Generator().manual_seed(M)
@@ -192,7 +192,7 @@ def test_an_expert_chosen_twice(counters: Tensor, M: int) -> None:
     assert relative(table.decode(x, ids, weights).sum(0), summed(held, x, ids, weights)) < 3e-3
 
 
-def test_tokens_in_turns(counters: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_in_turns(partial_sums: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card of little shared memory: four warps, and few tokens at a time."""
     monkeypatch.setattr(skinny, "shared_limit", lambda device: 75000)
     D, F, M = 1536, 256, 7

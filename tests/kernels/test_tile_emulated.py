@@ -107,6 +107,21 @@ def test_linear(flags: Tensor, format: Format, M: int, dtype: torch.dtype) -> No
     assert y.dtype == dtype and relative(y, x.double() @ W.t()) < 3e-3
 
 
+def test_sums_that_come_before_a_block_begins(flags: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles of 24 units for five clusters: of the second one the cluster with the last columns has 10 units of the
+    third to do first, and the one with the first columns, which also has some of the first tile, only 5 of these."""
+    partials, more_flags = torch.full((10 * 256 * 128,), float("nan")), torch.zeros(40, dtype=torch.int32)
+    monkeypatch.setattr(tile, "multiprocessors", lambda device: 10)
+    monkeypatch.setattr(tile, "_workspace", lambda device: (partials, more_flags))
+    generator = torch.Generator().manual_seed(0)
+    q = Int4(128).encode(torch.randn(250, 1536, generator=generator) * 0.02)
+    layout = TileLayout.of([q])
+    assert layout is not None
+    x = torch.randn(520, 1536, generator=generator).bfloat16()
+    y = tile.linear(x, pack([q], layout), layout)
+    assert relative(y, x.double() @ decode(q).double().t()) < 3e-3 and not more_flags.any()
+
+
 @pytest.mark.parametrize("M", [20, 300])
 def test_factors(flags: Tensor, M: int) -> None:
     generator = torch.Generator().manual_seed(M)

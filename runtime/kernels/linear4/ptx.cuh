@@ -43,6 +43,11 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// Have the description of a tensor at hand when its first box is copied.
+__device__ __forceinline__ void expect_boxes(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Copy a box of the tensor `map` at (column, row) to shared memory; its bytes count on `barrier`.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
     asm volatile(
@@ -172,3 +177,6 @@ __device__ __forceinline__ void await(int* flag) {
     } while (!value);
     *flag = 0;
 }
+
+// From here on this thread's bulk copies see what has been stored by others that it has heard from.
+__device__ __forceinline__ void copies_see_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -52,7 +52,7 @@ __device__ inline Shared carve(const Args& a) {
     sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.nested_span * 4 : 0;
     sh.pairs = (int*)at, at += 4 * TOKENS * jobs;
     sh.job_count = (int*)at, at += 4 * jobs;
-    sh.last = (int*)at;
+    sh.scratch = (int*)at;
     return sh;
 }
 
@@ -151,7 +151,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
             }
         __syncthreads();
         write_outputs(a, sh, seg);
-        if (a.epilogue == TO_BFLOAT16 && a.splits > 1) add_parts(a, sh, seg);
         unit += seg.count;
+    }
+    if (a.epilogue == TO_BFLOAT16 && a.splits > 1) {
+        int block = this_block();
+        units = (a.M + TOKENS - 1) / TOKENS * a.splits * a.tiles, stop = share(block + 1, units);
+        for (int unit = share(block, units); unit < stop;) {
+            Segment seg = segment_at(a, sh, unit, stop);
+            if (seg.split == a.splits - 1) add_parts(a, sh, seg);
+            unit += seg.count;
+        }
     }
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minibble.quantize.nf4_math import dynamic_map
 from minibble.quantize.tensors import Levels
-from minibble.runtime.kernels.counters import COUNT, counters
+from minibble.runtime.kernels.counters import Held, of_stream
 from minibble.runtime.kernels.device import multiprocessors, shared_limit
 from minibble.runtime.kernels.nvrtc import Kernel
 from minibble.runtime.kernels.tiles import CODES_NBYTES, COLUMNS, TileLayout, kernel_levels, level_scale
@@ -35,6 +35,7 @@ MAX_SPLITS = 4
 MAX_PARTS = 4  # matrices one under the other
 MAX_TOKENS = 64  # that the list of jobs has room for
 MAX_EXPERTS = 128  # a thread each
+MAX_PARTIAL_SUMS = 1 << 21  # of blocks that share a tile, on their way to the last
 # Of a block; with 4 warps it finds room in the 99 KB of shared memory of cards of compute capability 8.6 and 8.9.
 # docs/adr/0011-few-tokens.md has the measurements behind this and what follows.
 WARPS = (12, 4)
@@ -57,7 +58,6 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("matrix_start", "meta_start", "nested_start", "nested_count")),
         ("nested_span", ctypes.c_int),
         ("parts", ctypes.c_void_p),
-        ("arrived", ctypes.c_void_p),
         ("parts_count", ctypes.c_int),
         ("interleaved", ctypes.c_int),
         ("part_start", ctypes.c_int * MAX_PARTS),
@@ -115,18 +115,14 @@ def launch(
     rows = _job_rows(M, active, experts)
     shape = _shape(layout, rows, splits, lists, shared_limit(device))
     assert shape.slots, f"{layout.K} columns of {M} tokens do not fit into shared memory"
-    parts = arrived = None
-    if epilogue == BFLOAT16 and splits > 1:
-        parts = torch.empty(splits, M, 32 * layout.tiles, device=device)
-        arrived = counters(device)
-        assert -(-M // tokens) * layout.tiles <= len(arrived), f"{layout.N} rows are too many to split"
+    assert epilogue != BFLOAT16 or _parts_count(layout, M, splits) <= MAX_PARTIAL_SUMS, f"{splits} splits are too many"
     args = _Args(
         epilogue,
         *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
         rows, shape.slots, min(FIRST_SLOTS, shape.slots), shape.segment_tiles, shape.sum_rows,
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
-        *(None if t is None else t.data_ptr() for t in (parts, arrived)), *_parts(layout), *_tables(layout.levels),
+        partial_sums(device).data_ptr() if epilogue == BFLOAT16 and splits > 1 else None, *_parts(layout), *_tables(layout.levels),
         None if units is None else units.data_ptr(),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
@@ -145,15 +141,32 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
     jobs = active if experts else -(-M // tokens)
     units = layout.tiles * jobs
     found: list[tuple[int, float, int]] = []
-    most = MAX_SPLITS if experts or units <= COUNT else 1
     rows, lists = _job_rows(M, active, experts), _lists_nbytes(M, active, experts)
-    for splits in range(1, min(layout.chunks, most) + 1):
+    for splits in range(1, min(layout.chunks, MAX_SPLITS) + 1):
+        if not experts and _parts_count(layout, M, splits) > MAX_PARTIAL_SUMS:
+            break
         shape = _shape(layout, rows, splits, lists, limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
         second = _SECOND_SEGMENT if _cut_by_groups(jobs * splits, layout.tiles, processors) else 0.0
         if shape.slots:
             found.append((-shape.warps, round(idle + second, 1), splits))
     return min(found)[2] if found else 0
+
+
+def _parts_count(layout: TileLayout, M: int, splits: int) -> int:
+    """Sums that wait in memory for each other."""
+    return splits * M * 32 * layout.tiles if splits > 1 else 0
+
+
+_partial_sums: Held[Tensor] = {}
+
+
+def partial_sums(device: torch.device) -> Tensor:
+    """int32 [MAX_PARTIAL_SUMS], for float32 sums on their way between blocks of the current stream's next kernel, which
+    leaves it full of -1, as it finds it: none has come."""
+    return of_stream(
+        _partial_sums, device, lambda: torch.full((MAX_PARTIAL_SUMS,), -1, dtype=torch.int32, device=device)
+    )
 
 
 def _cut_by_groups(groups: int, tiles: int, processors: int) -> bool:
@@ -239,7 +252,7 @@ def _fitted(
     table = 256 * stride if layout.levels == "nf4" else 0
     ring = warps * slots * (layout.chunk_nbytes - CODES_NBYTES // 2 + 8)
     x = token_rows * (-(-layout.chunks // splits) * 2 * COLUMNS + 16)
-    fixed = table + ring + x + nested + 4 * segment + other
+    fixed = table + ring + x + nested + other
     sum_rows = min((limit - fixed) // _SUMS_NBYTES, (segment + warps) * token_rows)
     least = min(segment, 16 if stride == TABLE_STRIDES[0] else 8) + warps
     if sum_rows < least * token_rows:

@@ -51,6 +51,21 @@ __device__ inline void store_bfloat16(unsigned short* to, float4 y, int rows, bo
         if (i < rows) to[i] = h[i];
 }
 
+// Where the part of a split waits for the others: the sums of four rows.
+__device__ inline uint4* part_of(const Args& a, int split, int pair, int n) {
+    return (uint4*)(a.parts + ((long long)split * a.M + pair) * (a.tiles * 32) + n);
+}
+
+// A part says by itself that it has come, so nobody has to fence or to count.
+__device__ inline u32 bits_of(float sum) {
+    u32 bits = __float_as_uint(sum);
+    return bits == NO_SUM ? NAN_BITS : bits;
+}
+
+__device__ inline uint4 bits_of(float4 y) { return {bits_of(y.x), bits_of(y.y), bits_of(y.z), bits_of(y.w)}; }
+
+__device__ inline bool has_come(uint4 v) { return v.x != NO_SUM && v.y != NO_SUM && v.z != NO_SUM && v.w != NO_SUM; }
+
 __device__ inline void write_rows(const Args& a, const Segment& seg, int pair, int n, float4 y) {
     bool aligned = a.N % 4 == 0;
     if (a.epilogue == GATE_UP || (a.epilogue == TO_BFLOAT16 && a.splits == 1)) {
@@ -63,7 +78,7 @@ __device__ inline void write_rows(const Args& a, const Segment& seg, int pair, i
     } else if (a.epilogue == TO_PARTS) {
         store_floats((float*)a.out + ((long long)seg.split * a.M + pair) * a.N + n, y, a.N - n, aligned);
     } else {
-        store_floats(a.parts + ((long long)seg.split * a.M + pair) * (a.tiles * 32) + n, y, 4, true);
+        store_part(part_of(a, seg.split, pair, n), bits_of(y));
     }
 }
 
@@ -75,7 +90,7 @@ __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& se
         while (i >= of_token) i -= of_token, ++token;
         if (token >= seg.tokens) break;
         int tile = i >> shift, row = (i - (tile << shift)) * 4, n = ((seg.tile + tile) << (shift + 2)) + row;
-        if (n >= a.N) continue;
+        if (n >= a.N && !(a.epilogue == TO_BFLOAT16 && a.splits > 1)) continue;
         float4 y = reduced(sh, width, total, seg.tokens, tile, row, token);
         if (a.epilogue == GATE_UP) {
             float4 up = reduced(sh, width, total, seg.tokens, tile, row + 16, token);
@@ -85,31 +100,51 @@ __device__ void write_outputs(const Args& a, const Shared& sh, const Segment& se
     }
 }
 
-// Of a tile whose K is split among blocks, the block that ends last adds the parts, always in the same order.
-__device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < seg.count; i += THREADS) {
-        int* arrived = a.arrived + seg.job * a.tiles + seg.tile + i;
-        __threadfence();
-        sh.last[i] = atomicAdd(arrived, 1) == a.splits - 1;
-        __threadfence();
-        if (sh.last[i]) *arrived = 0;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x, token = 0;; i += THREADS) {  // 4 rows each
-        while (i >= seg.count * 8) i -= seg.count * 8, ++token;
-        if (token >= seg.tokens) break;
-        if (!sh.last[i >> 3]) continue;
-        int pair = sh.pairs[seg.job * TOKENS + token], n = seg.tile * 32 + i * 4;
-        const float* from = a.parts + (long long)pair * (a.tiles * 32) + n;
-        float4 parts[MAX_SPLITS];
+// The parts of four rows of a token.
+struct Parts {
+    uint4 of[MAX_SPLITS];
+
+    __device__ inline void load(const Args& a, int at) {
 #pragma unroll
         for (int s = 0; s < MAX_SPLITS; ++s)
-            if (s < a.splits) parts[s] = __ldcg((const float4*)(from + (long long)s * a.M * a.tiles * 32));
-        float4 sum = parts[0];
+            if (s < a.splits) of[s] = load_part((const uint4*)a.parts + at + s * (a.M * a.tiles * 8));
+    }
+
+    __device__ inline bool are_there(const Args& a) const {
+        bool all = true;
 #pragma unroll
-        for (int s = 1; s < MAX_SPLITS; ++s)
-            if (s < a.splits) sum.x += parts[s].x, sum.y += parts[s].y, sum.z += parts[s].z, sum.w += parts[s].w;
-        if (n < a.N) store_bfloat16((unsigned short*)a.out + (long long)pair * a.N + n, sum, a.N - n, a.N % 4 == 0);
+        for (int s = 0; s < MAX_SPLITS; ++s)
+            if (s < a.splits) all &= has_come(of[s]);
+        return all;
+    }
+
+    // Leaves their places empty.
+    __device__ inline float4 sum(const Args& a, int at) const {
+        float4 y = {};
+#pragma unroll
+        for (int s = 0; s < MAX_SPLITS; ++s)
+            if (s < a.splits) {
+                store_part((uint4*)a.parts + at + s * (a.M * a.tiles * 8), {NO_SUM, NO_SUM, NO_SUM, NO_SUM});
+                y.x += __uint_as_float(of[s].x), y.y += __uint_as_float(of[s].y);
+                y.z += __uint_as_float(of[s].z), y.w += __uint_as_float(of[s].w);
+            }
+        return y;
+    }
+};
+
+// Who has the last split of a tile adds its parts, in their order. All are units of this block or of blocks before it, so
+// it waits for nothing that waits for it.
+__device__ void add_parts(const Args& a, const Shared& sh, const Segment& seg) {
+    int of_token = seg.count * 8, items = of_token * seg.tokens;
+    // One after the other: to ask for more at once takes what the weights of other blocks need.
+    for (int i = threadIdx.x; i < items; i += THREADS) {
+        int token = quotient(i, of_token);
+        int at = (sh.pairs[seg.job * TOKENS + token] * a.tiles + seg.tile) * 8 + i - token * of_token;
+        Parts parts;
+        do parts.load(a, at);
+        while (!parts.are_there(a));
+        float4 y = parts.sum(a, at);
+        int pair = quotient(at, a.tiles * 8), n = (at - pair * a.tiles * 8) * 4;
+        if (n < a.N) store_bfloat16((unsigned short*)a.out + (long long)pair * a.N + n, y, a.N - n, a.N % 4 == 0);
     }
 }

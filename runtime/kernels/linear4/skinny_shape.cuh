@@ -18,6 +18,8 @@
 #define X_PADDING 16         // bytes after a row of x, for the same reason
 #define THREADS (WARPS * 32)
 #define MAX_SPLITS 4         // of K
+#define NO_SUM 0xffffffffu   // what stands where a part has not come yet: a NaN, but not the one that sums become
+#define NAN_BITS 0x7fffffffu
 
 // What sums become: bfloat16 [M, N]; float32 [splits, M, N]; silu(gate) * up as bfloat16 [pairs, F]; float32
 // [active * splits, M, N] times the router's weight.
@@ -37,8 +39,7 @@ struct Args {
     int slots, first_slots;  // of a warp's ring; those of them asked for before x is
     int segment_tiles, sum_rows;  // what shared memory has room for: tiles of a segment, and 32 sums of a token
     int matrix_start, meta_start, nested_start, nested_count, nested_span;  // within a record
-    float* parts;            // room for float32 [splits, M, 32 tiles] where bfloat16 results have splits
-    int* arrived;            // for each job and tile, how many of its splits are done; zeros before and after
+    int* parts;              // if bfloat16 results have splits, float32 [splits, M, 32 tiles]; NO_SUM before and after
     int parts_count, interleaved;
     int part_start[4], part_nested[4];  // in 16 rows, in second-level scales
     unsigned short levels[16];  // bfloat16, of each code

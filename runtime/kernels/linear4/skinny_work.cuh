@@ -22,7 +22,7 @@ struct Shared {
     float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), and offset
     u64* bars;
     const char** job_matrix;  // where the matrix of job j's expert begins
-    int *pairs, *job_count, *last;  // the pairs of job j begin at pairs[TOKENS * j]
+    int *pairs, *job_count, *scratch;  // the pairs of job j begin at pairs[TOKENS * j]
 };
 
 // If DIVIDED a job's hidden units stand beside its count. One of several pairs has all of them.
@@ -147,7 +147,7 @@ __device__ int jobs_of_a_warp(const Args& a, Shared& sh, int pairs, const char* 
 
 // Any number of pairs: a thread for each expert, up to one an expert.
 __device__ int jobs_of_many(const Args& a, Shared& sh, int pairs) {
-    int *ids = sh.last, *counts = sh.last + pairs, e = threadIdx.x;
+    int *ids = sh.scratch, *counts = sh.scratch + pairs, e = threadIdx.x;
     for (int p = e; p < pairs; p += THREADS) ids[p] = a.ids[p];
     __syncthreads();
     if (e < a.experts) {

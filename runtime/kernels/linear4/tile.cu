@@ -54,22 +54,52 @@ struct Copies {
         if (WIDE) copy_box_to(to, x_map, kb * 64, token, full, 3);
         else copy_box(to, x_map, kb * 64, token, full);
     }
+
+    // The sums that blocks have handed over, the last one's first, to the next stages. They end at about the same time,
+    // so all are waited for at once.
+    __device__ __forceinline__ void sums(const Problem& p, int first, int last, Ring& ring) const {
+        constexpr int GROUPS = CONSUMERS / 4;
+        if (lane < 32 / GROUPS * GROUPS)
+            for (int member = last - lane / GROUPS; member >= first; member -= 32 / GROUPS)
+                await(p.flags + 4 * (member * CLUSTER + rank) + lane % GROUPS);
+        __syncwarp();
+        if (lane == 0) copies_see_stores();
+        for (int member = last; member >= first; member--) {
+            const u8* from = (const u8*)partial_of(p, member * CLUSTER + rank, 0);
+            for (int i = 0; i < TOKENS / 8 / SUM_ROWS; i++) {
+                u32 full = full_at(base, ring.index), to = base + STAGES_AT + ring.index * STAGE_NBYTES;
+                barrier_wait(empty_at(base, ring.index), ring.phase ^ 1);
+                if (lane == 0) {
+                    barrier_expect(full, SUM_STAGE_NBYTES);
+                    copy_bytes(to, from + i * SUM_STAGE_NBYTES, SUM_STAGE_NBYTES, full);
+                }
+                __syncwarp();
+                ring.step<STAGES>();
+            }
+        }
+    }
 };
 
 __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x_map, u32 base, const int* starts,
                                             int tiles) {
     Copies copies(p, x_map, base);
+    if (copies.lane == 0) expect_boxes(x_map);
     int early = 0;
     if (!GROUPED) {  // weights never change: the first ones come before the kernel ahead has ended, which may make x
         for (Walk walk(tiles, 4 * p.chunks); early < STAGES && walk.next();) {
+            Others others(walk);
+            if (others.early >= 0) break;
             copies.begin(p, starts, walk.now);
             for (int kb = walk.begin; kb < walk.end && early < STAGES; kb++) copies.weights(early++, kb);
+            if (STAGED_SUMS && others.last >= others.first) break;
         }
         wait_for_previous_kernel();
     }
     Ring ring;
     for (Walk walk(tiles, 4 * p.chunks); walk.next();) {
         copies.begin(p, starts, walk.now);
+        Others others(walk);
+        if (others.early >= 0) copies.sums(p, others.early, others.early, ring);
         for (int kb = walk.begin; kb < walk.end; kb++) {
             if (--early < 0) {
                 barrier_wait(empty_at(base, ring.index), ring.phase ^ 1);
@@ -78,6 +108,7 @@ __device__ __forceinline__ void copy_stages(const Problem& p, const TensorMap* x
             copies.tokens(ring.index, kb);
             ring.step<STAGES>();
         }
+        if (STAGED_SUMS && others.last >= others.first) copies.sums(p, others.first, others.last, ring);
     }
 }
 
@@ -161,7 +192,7 @@ __device__ __forceinline__ void finish(Registers& a) {
 
 // One warp's way through the stages of a part of a tile.
 struct Multiplier {
-    u32 base, table, scales_at, codes_at;
+    u32 base, table, scales_at, codes_at, sums_at;
     int lane;
     Ring ring, slots;
     u32 before;  // the stage whose products were started last
@@ -172,6 +203,7 @@ struct Multiplier {
         table = base - SHARED_START + 4 * lane;
         scales_at = base + SCALES_AT + (16 * warp + lane / 4) * SCALE_BLOCKS * 4;
         codes_at = base + STAGES_AT + X_NBYTES + warp * 512 + lane * 16;
+        sums_at = base + STAGES_AT + thread * 16;
         keep(table), keep(scales_at), keep(codes_at);  // in registers, not computed anew
     }
 
@@ -183,17 +215,36 @@ struct Multiplier {
                 scales_at + slots.index * SCALE_SLOT_NBYTES + kb % 4 * 64 / SCALE_COLUMNS * 4);
     }
 
-    __device__ __forceinline__ void release() {
+    __device__ __forceinline__ void release(u32 stage) {
         if (CLUSTER > 1) {
-            if (lane < CLUSTER) barrier_arrive_at(empty_at(base, before), lane);
+            if (lane < CLUSTER) barrier_arrive_at(empty_at(base, stage), lane);
         } else if (lane == 0) {
-            barrier_arrive(empty_at(base, before));
+            barrier_arrive(empty_at(base, stage));
         }
+    }
+
+    // Take another block's sums, or add them.
+    template <bool ADD>
+    __device__ __forceinline__ void take_sums(Sums& sums) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; i++) {
+            if (i % SUM_ROWS == 0) barrier_wait(full_at(base, ring.index), ring.phase);
+            uint4 v = load_shared4(sums_at + ring.index * STAGE_NBYTES + i % SUM_ROWS * SUM_ROW_NBYTES);
+            u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                sums.of[4 * i + j] = ADD ? sums.of[4 * i + j] + __uint_as_float(words[j]) : __uint_as_float(words[j]);
+            if (i % SUM_ROWS < SUM_ROWS - 1) continue;
+            __syncwarp();
+            release(ring.index);
+            ring.step<STAGES>();
+        }
+        sums.fence();
     }
 
     // Start the products of a stage from `a`, while those from `other` may still be under way.
     template <int N>
-    __device__ __forceinline__ void step(Sums& sums, Registers& a, Registers& other, int kb, const Walk& walk) {
+    __device__ __forceinline__ void step(Sums& sums, Registers& a, Registers& other, int kb, const Walk& walk, bool begun) {
         decode_all(a, in, table);
         u32 now = ring.index;
         bool last = kb + 1 == walk.end, chunk_ends = kb % 4 == 3;
@@ -204,26 +255,26 @@ struct Multiplier {
         }
         ring.step<STAGES>();
         if (!last) take(kb + 1, chunk_ends);
-        start<N>(sums, a, token_descriptor(base + STAGES_AT + now * STAGE_NBYTES), kb != walk.begin);
+        start<N>(sums, a, token_descriptor(base + STAGES_AT + now * STAGE_NBYTES), begun || kb != walk.begin);
         finish<1>(other);
-        if (kb != walk.begin) release();
+        if (kb != walk.begin) release(before);
         before = now;
     }
 
     template <int N>
-    __device__ __forceinline__ void run(Sums& sums, const Walk& walk) {
+    __device__ __forceinline__ void run(Sums& sums, const Walk& walk, bool begun) {
         Registers a, b;
         take(walk.begin, true);
         for (int kb = walk.begin;;) {
-            step<N>(sums, a, b, kb, walk);
+            step<N>(sums, a, b, kb, walk, begun);
             if (++kb == walk.end) break;
-            step<N>(sums, b, a, kb, walk);
+            step<N>(sums, b, a, kb, walk, begun);
             if (++kb == walk.end) break;
         }
         finish<0>(a);
         finish<0>(b);
         sums.fence();
-        release();
+        release(before);
     }
 };
 
@@ -242,15 +293,21 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 base, const int* 
     Sums sums;
     for (Walk walk(tiles, 4 * p.chunks); walk.next();) {
         Place place = place_of(p, starts, walk.now);
-        if (WIDE && place.narrow()) multiplier.run<128>(sums, walk);
-        else multiplier.run<TOKENS>(sums, walk);
+        Others others(walk);
+        bool begun = others.early >= 0;
+        if (begun) multiplier.take_sums<false>(sums);
+        if (WIDE && place.narrow()) multiplier.run<128>(sums, walk, begun);
+        else multiplier.run<TOKENS>(sums, walk, begun);
         if (walk.end < walk.blocks) {
             hand_over(p, sums, thread);
             continue;
         }
-        if (walk.begin > 0) take_over(p, sums, thread, walk);
+        if (STAGED_SUMS)
+            for (int member = others.last; member >= others.first; member--) multiplier.take_sums<true>(sums);
+        else if (walk.begin > 0)
+            take_over(p, sums, thread, others);
         int tile = place.first_tile + warp / 2;
-        if (tile >= p.tiles) continue;
+        if ((SILU || OUT_FLOAT) && tile >= p.tiles) continue;
         if (SCALED) apply_factors(p, sums, place);
         int row = SILU ? 16 * tile : 32 * tile + 16 * (warp & 1);  // of the output
 #if OUT_FLOAT

@@ -25,6 +25,7 @@ struct Walk {
     int blocks, total;     // units of a tile; tiles
     int shared, sharers;   // tiles cut among blocks, and how many blocks; none of these is without work
     int low, high, tile;   // still to do: units of shared tiles, then whole tiles
+    int top;               // where the units of shared tiles end
     int begin, end, now;   // the current part: its units, its tile
 
     __device__ Walk(int tiles, int blocks_per_tile) : blocks(blocks_per_tile), total(tiles) {
@@ -32,11 +33,16 @@ struct Walk {
         shared = tiles % grid == 0 ? 0 : tiles < 2 * grid ? tiles : tiles % grid + grid;
         sharers = min(grid, (shared * blocks + 3) / 4);
         low = first_unit(min(member, sharers));
-        high = first_unit(min(member + 1, sharers));
+        high = top = first_unit(min(member + 1, sharers));
         tile = shared + member;
     }
 
-    __device__ int first_unit(int block) const { return sharers ? (int)((long long)shared * blocks * block / sharers) : 0; }
+    // To add others' sums and to store takes a tile's last block as long as some units, which count as such.
+    __device__ int first_unit(int block) const {
+        int length = blocks + FINISH_UNITS;
+        int at = sharers ? (int)((long long)shared * length * block / sharers) : 0, tile = at / length;
+        return tile * blocks + min(at - tile * length, blocks);
+    }
 
     __device__ bool next() {
         if (high > low) {  // the last part first: a tile's first columns are somebody else's to finish
@@ -50,6 +56,22 @@ struct Walk {
         now = tile, begin = 0, end = blocks;
         tile += gridDim.x / CLUSTER;
         return true;
+    }
+};
+
+// Whose sums over the first columns of a tile the block that has its last ones adds.
+struct Others {
+    int early = -1;            // whose come before it begins: they are what it begins with
+    int first = 0, last = -1;  // the others; added at the end, the last one's first
+
+    __device__ explicit Others(const Walk& walk) {
+        if (walk.begin == 0 || walk.end < walk.blocks) return;
+        int start = walk.now * walk.blocks;
+        first = last = (int)blockIdx.x / CLUSTER - 1;
+        while (walk.first_unit(first) > start) first--;
+        // The first one has done this part before all else, if it has one of the tile before as well.
+        int theirs = walk.first_unit(first + 1) - start, before = walk.top - start - walk.blocks;
+        if (STAGED_SUMS && walk.first_unit(first) < start && theirs + HAND_OVER_UNITS <= before) early = first++;
     }
 };
 

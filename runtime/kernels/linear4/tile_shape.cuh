@@ -18,13 +18,16 @@ constexpr int SCALE_SLOTS = 3;
 constexpr int SCALE_SLOT_NBYTES = ROWS * SCALE_BLOCKS * 4;
 constexpr int MAX_EXPERTS = 256;
 
+constexpr int FINISH_UNITS = 3;     // of 64 columns, that a tile's last block takes longer than others
+constexpr int HAND_OVER_UNITS = 4;  // until what a block hands over is there
+
 constexpr int SHARED_START = 1024;  // what the system keeps on sm_90
 constexpr int SHARED_NBYTES = 232448;
 constexpr int STARTS_AT = 512;
 constexpr int MAP_AT = STARTS_AT + (GROUPED ? 4 * MAX_EXPERTS + 512 : 0);
 constexpr int SCALES_AT = MAP_AT + (NESTED ? 1024 : 0);
-constexpr int STAGING_PITCH = 48;  // bytes of a token, and a step that spreads tokens over all banks
-constexpr int STAGING_NBYTES = SILU ? 1024 : 16 * STAGING_PITCH;  // of a warp: 16 tokens, or what its neighbour gets
+constexpr int STAGING_PITCH = SILU ? 48 : 144;  // bytes of a token, and a step that spreads tokens over all banks
+constexpr int STAGING_NBYTES = SILU ? 1024 : 4 * STAGING_PITCH;  // of a warp: 16 tokens of four warps, or what its neighbour gets
 constexpr int STAGING_AT = SCALES_AT + SCALE_SLOTS * SCALE_SLOT_NBYTES;
 constexpr int SMALL_END = STAGING_AT + (OUT_FLOAT ? 0 : CONSUMERS * STAGING_NBYTES);
 constexpr int TABLE_STRIDE = WIDE ? 128 : 256;  // 256 tokens leave no room for more
@@ -35,6 +38,13 @@ constexpr int X_NBYTES = TOKENS * 128;
 constexpr int STAGE_NBYTES = X_NBYTES + ROWS * 32;
 constexpr int STAGES_THAT_FIT = (SHARED_NBYTES - STAGES_AT) / STAGE_NBYTES;
 constexpr int STAGES = STAGES_THAT_FIT < 24 ? STAGES_THAT_FIT : 24;
+// Sums that blocks hand over, float4 [TOKENS / 8][multiplying threads]: the many of 256 tokens come in stages as well, in
+// which they are under way together; few are there sooner by loads.
+constexpr bool STAGED_SUMS = WIDE;
+constexpr int SUM_ROWS = 8;  // of a stage
+constexpr int SUM_ROW_NBYTES = 512 * CONSUMERS;
+constexpr int SUM_STAGE_NBYTES = SUM_ROWS * SUM_ROW_NBYTES;
+static_assert(!STAGED_SUMS || (SUM_STAGE_NBYTES <= STAGE_NBYTES && TOKENS / 8 % SUM_ROWS == 0));
 static_assert(8 * (2 * STAGES + 2 * SCALE_SLOTS) <= STARTS_AT);
 
 __device__ __forceinline__ u32 full_at(u32 base, u32 stage) { return base + 8 * stage; }

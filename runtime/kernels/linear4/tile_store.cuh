@@ -25,15 +25,13 @@ __device__ __forceinline__ void hand_over(const Problem& p, const Sums& sums, in
     if (thread % 128 == 0) publish(p.flags + 4 * blockIdx.x + thread / 128);
 }
 
-// Add the sums of the blocks that made the tile's first columns, the last of them first. They end at about the same
-// time, so all are waited for at once.
-__device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thread, const Walk& walk) {
-    int rank = blockIdx.x % CLUSTER, last = (int)blockIdx.x / CLUSTER - 1, first = last;
-    while (walk.first_unit(first) > walk.now * walk.blocks) first--;
-    for (int member = last - thread % 128; member >= first; member -= 128)
+// Add the sums that are not staged. They end at about the same time, so all are waited for at once.
+__device__ __forceinline__ void take_over(const Problem& p, Sums& sums, int thread, const Others& others) {
+    int rank = blockIdx.x % CLUSTER;
+    for (int member = others.last - thread % 128; member >= others.first; member -= 128)
         await(p.flags + 4 * (member * CLUSTER + rank) + thread / 128);
     named_barrier(1 + thread / 128, 128);
-    for (int member = last; member >= first; member--) {
+    for (int member = others.last; member >= others.first; member--) {
         const float4* from = partial_of(p, member * CLUSTER + rank, thread);
 #pragma unroll
         for (int i = 0; i < TOKENS / 8; i++) {
@@ -83,6 +81,7 @@ __device__ __forceinline__ void store_float(const Problem& p, const Sums& sums, 
     }
 }
 
+#if SILU
 // 16 rows of W of 16 tokens, eight sums of a lane, turned in the warp's own shared memory to rows of the output.
 __device__ __forceinline__ void store_16_rows(const Problem& p, const float (&s)[8], int token, int tokens, int row,
                                               u32 staging) {
@@ -95,7 +94,6 @@ __device__ __forceinline__ void store_16_rows(const Problem& p, const float (&s)
     if (mine < tokens) store_eight(p, values, mine, row + 8 * (lane & 1));
 }
 
-#if SILU
 // A warp holds gate, its neighbour up of the same rows: they swap 16 tokens of each 32, and each makes half of the
 // output. Of 16 tokens the first makes all.
 __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
@@ -130,15 +128,22 @@ __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, 
     }
 }
 #else
+// 64 rows of W of 16 tokens at a time, turned in the shared memory of a warpgroup to rows of the output.
 __device__ __forceinline__ void store_pairs(const Problem& p, const Sums& sums, const Place& place, int row, u32 staging) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, mine = threadIdx.x / 8 & 15;
+    int barrier = threadIdx.x / 128, n = row - 16 * warp + 8 * (threadIdx.x & 7);
+    u32 group = staging - warp * STAGING_NBYTES;
+    u32 to = group + (8 * (lane >> 4) + (lane & 7)) * STAGING_PITCH + 32 * warp + 16 * (lane >> 3 & 1);
+    u32 from = group + mine * STAGING_PITCH + 16 * (threadIdx.x & 7);
 #pragma unroll
     for (int i = 0; i < TOKENS / 16; i++) {
-        int token = place.token + 16 * i;
-        if (token >= place.tokens) continue;
-        float made[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) made[j] = sums.of[8 * i + j];
-        store_16_rows(p, made, token, place.tokens, row, staging);
+        const float* s = sums.of + 8 * i;
+        named_barrier(barrier, 128);
+        store_matrices_transposed(to, pair_of(s[0], s[1]), pair_of(s[2], s[3]), pair_of(s[4], s[5]), pair_of(s[6], s[7]));
+        named_barrier(barrier, 128);
+        uint4 values = load_shared4(from);
+        int token = place.token + 16 * i + mine;
+        if (token < place.tokens) store_eight(p, values, token, n);
     }
 }
 #endif

@@ -312,6 +312,8 @@ struct Wgmma {
     }
 };
 
+static void copies_see_stores() {}
+static void expect_boxes(const TensorMap*) {}
 static void publish(int* flag) { *flag = 1, moved = true; }
 static void await(int* flag) {
     while (!*flag) yield();
