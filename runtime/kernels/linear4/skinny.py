@@ -115,14 +115,15 @@ def launch(
     rows = _job_rows(M, active, experts)
     shape = _shape(layout, rows, splits, lists, shared_limit(device))
     assert shape.slots, f"{layout.K} columns of {M} tokens do not fit into shared memory"
-    assert epilogue != BFLOAT16 or _parts_count(layout, M, splits) <= MAX_PARTIAL_SUMS, f"{splits} splits are too many"
+    parts = partial_sums(device) if epilogue == BFLOAT16 and splits > 1 else None
+    assert parts is None or _parts_count(layout, M, splits) <= len(parts), f"{layout.N} rows are too many to split"
     args = _Args(
         epilogue,
         *(None if t is None else t.data_ptr() for t in (table, operand.data, ids, weights, x, out)), M, active, experts,
         layout.N // 2 if epilogue == GATE_UP else layout.N, layout.K, layout.tiles, layout.chunks, splits,
         rows, shape.slots, min(FIRST_SLOTS, shape.slots), shape.segment_tiles, shape.sum_rows,
         operand.start, layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout),
-        partial_sums(device).data_ptr() if epilogue == BFLOAT16 and splits > 1 else None, *_parts(layout), *_tables(layout.levels),
+        None if parts is None else parts.data_ptr(), *_parts(layout), *_tables(layout.levels),
         None if units is None else units.data_ptr(),
     )  # fmt: skip
     kind = 0 if layout.nested else 1 if layout.levels == "nf4" else 2
