@@ -108,8 +108,8 @@ def test_linear(flags: Tensor, format: Format, M: int, dtype: torch.dtype) -> No
 
 
 def test_sums_that_come_before_a_block_begins(flags: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles of 24 units for five clusters: of the second one the cluster with the last columns has 10 units of the
-    third to do first, and that with the first columns, which has some of the first tile too, only 5 of these."""
+    """Three tiles of 24 units for five clusters. Of the second tile, the cluster with the last columns has 10 units of
+    the third to do first, and that with the first columns, which has some of the first tile too, only 5 of these."""
     partials, more_flags = torch.full((10 * 256 * 128,), float("nan")), torch.zeros(40, dtype=torch.int32)
     monkeypatch.setattr(tile, "multiprocessors", lambda device: 10)
     monkeypatch.setattr(tile, "_workspace", lambda device: (partials, more_flags))
