@@ -19,7 +19,7 @@ from minibble.quantize.nf4 import NF4
 from minibble.quantize.nf4_math import decode
 from minibble.runtime.kernels.linear4 import skinny
 from minibble.runtime.kernels.moe4.table import ExpertTable
-from minibble.runtime.kernels.tiles import TileLayout, pack
+from minibble.runtime.kernels.tiles import CODES_NBYTES, TileLayout, pack
 
 BLOCKS = 3  # multiprocessors of the GPU that there is not
 SHARED_NBYTES = 232448  # of one of Hopper's
@@ -116,6 +116,20 @@ def test_products(partial_sums: Tensor, format: Format, M: int) -> None:
         sums = poisoned(splits, M, 103)
         skinny.launch(operand, skinny.PARTS, x, sums, splits=splits)
         assert relative(sums.sum(0), exact) < 1.5e-3
+
+
+def test_nan_is_a_sum_like_others(partial_sums: Tensor) -> None:
+    """Where parts wait for each other, a NaN says that one has not come yet; here a row's sums are that very NaN."""
+    generator = torch.Generator().manual_seed(0)
+    q = NF4(double_quant=False).encode(torch.randn(64, 512, generator=generator))
+    layout = TileLayout.of([q])
+    assert layout is not None
+    data = pack([q], layout)
+    data[CODES_NBYTES : CODES_NBYTES + 4] = 0xFF  # the scale of the first block
+    x, y = torch.randn(3, 512, generator=generator).bfloat16(), poisoned(3, 64, dtype=torch.bfloat16)
+    skinny.launch(skinny.Operand(layout, data), skinny.BFLOAT16, x, y, splits=2)
+    assert y[:, 0].isnan().all()
+    assert relative(y[:, 1:], (x.double() @ decode(q).double().t())[:, 1:]) < 3e-3
 
 
 def some_experts(number: int, D: int, F: int, format: Format, seed: int) -> tuple[ExpertTable, list[Held]]:
