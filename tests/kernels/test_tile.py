@@ -152,10 +152,11 @@ def test_blocks_share_all_units_and_wait_only_for_those_with_work(tmp_path: Path
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    source = (Path(tile.__file__).parent / "tile_plan.cuh").read_text()
-    found = re.search(r"^struct Walk \{.*?^\};", source, re.MULTILINE | re.DOTALL)
-    assert found
-    (tmp_path / "walk.cpp").write_text(HARNESS % found.group())
+    folder = Path(tile.__file__).parent
+    units = re.search(r"^constexpr int FINISH_UNITS = .*", (folder / "tile_shape.cuh").read_text(), re.MULTILINE)
+    walk = re.search(r"^struct Walk \{.*?^\};", (folder / "tile_plan.cuh").read_text(), re.MULTILINE | re.DOTALL)
+    assert units and walk
+    (tmp_path / "walk.cpp").write_text(HARNESS % f"{units.group()}\n{walk.group()}")
     subprocess.run([compiler, "-std=c++17", "-o", tmp_path / "walk", tmp_path / "walk.cpp"], check=True)
     assert subprocess.run([tmp_path / "walk"], capture_output=True, text=True).stdout == "ok"
 

@@ -144,8 +144,8 @@ def splits_for(layout: TileLayout, M: int, device: torch.device, active: int = 1
     found: list[tuple[int, float, int]] = []
     rows, lists = _job_rows(M, active, experts), _lists_nbytes(M, active, experts)
     for splits in range(1, min(layout.chunks, MAX_SPLITS) + 1):
-        if not experts and _parts_count(layout, M, splits) > MAX_PARTIAL_SUMS:
-            break
+        if not experts and M <= 2 * TOKENS and _parts_count(layout, M, splits) > MAX_PARTIAL_SUMS:
+            break  # more tokens have no bfloat16 results, or are another kernel's
         shape = _shape(layout, rows, splits, lists, limit)
         idle = -(-units * splits // processors) * processors / (units * splits)
         second = _SECOND_SEGMENT if _cut_by_groups(jobs * splits, layout.tiles, processors) else 0.0
