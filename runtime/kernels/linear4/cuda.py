@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minibble.quantize.tensors import QuantizedTensor
-from minibble.runtime.kernels.linear4 import skinny, tile
+from minibble.runtime.kernels.linear4 import skinny, slices, tile
 from minibble.runtime.kernels.linear4.decode import decode_into
 from minibble.runtime.kernels.linear4.decoded import linear_decoded
 from minibble.runtime.kernels.linear4.stored import StoredParts
@@ -53,7 +53,10 @@ class TiledLinear:
         if out_dtype == torch.float32:
             return self.partial(x_MK).sum(0)
         out = torch.empty(M, self.shape[0], dtype=out_dtype, device=x_MK.device)
-        if M:
+        shape = slices.shape_for(self.layout, M, x_MK.device)
+        if shape is not None:
+            slices.launch(self.layout, self.data, shape, x_MK, out)
+        elif M:
             splits = skinny.splits_for(self.layout, M, x_MK.device)
             skinny.launch(self.operand, skinny.BFLOAT16, x_MK, out, splits=splits)
         return out
@@ -65,6 +68,11 @@ class TiledLinear:
             return torch.zeros(1, 0, self.shape[0], device=x_MK.device)
         if self._few(x_MK.device) < M:
             return self._product(x_MK, torch.float32).unsqueeze(0)
+        shape = slices.shape_for(self.layout, M, x_MK.device)
+        if shape is not None:
+            out = torch.empty(shape.splits, M, self.shape[0], device=x_MK.device)
+            slices.launch(self.layout, self.data, shape, x_MK.contiguous(), out)
+            return out
         splits = skinny.splits_for(self.layout, M, x_MK.device)
         out = torch.empty(splits, M, self.shape[0], device=x_MK.device)
         skinny.launch(self.operand, skinny.PARTS, x_MK.contiguous(), out, splits=splits)

@@ -19,6 +19,11 @@ __device__ inline void barrier_wait(u64* bar, u32 parity) {
     } while (!done);
 }
 
+__device__ inline void barrier_arrive(u64* bar) {
+    u64 state;
+    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(shared_address(bar)) : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 __device__ inline void barrier_expect(u64* bar, int nbytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"

@@ -14,6 +14,7 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 static void barrier_init(u64* bar, int count) { barrier_init(shared_address(bar), (u32)count); }
 static void barrier_wait(u64* bar, u32 parity) { barrier_wait(shared_address(bar), parity); }
 static void barrier_expect(u64* bar, int nbytes) { barrier_expect(shared_address(bar), (u32)nbytes); }
+static void barrier_arrive(u64* bar) { barrier_arrive(shared_address(bar)); }
 static bool elected() { return lane() == 0; }
 static void copy_bulk(char* to, const char* from, int nbytes, u64* bar) {
     copy_bytes(shared_address(to), from, nbytes, shared_address(bar));
@@ -83,6 +84,9 @@ static u32 __match_any_sync(u32, int value) {
     return same;
 }
 static u32 __shfl_sync(u32, u32 value, int from) { return exchange((int)value, from); }
+static float __shfl_sync(u32, float value, int from) {
+    return __uint_as_float((u32)exchange((int)__float_as_uint(value), from));
+}
 static u64 __shfl_sync(u32, u64 value, int from) {
     u64 high = (u32)exchange((int)(value >> 32), from);
     return high << 32 | (u32)exchange((int)value, from);
