@@ -15,6 +15,7 @@
 #define SUMS_NBYTES (TOKENS * SUM_NBYTES)  // of a warp
 #define BUFFERS 2            // tiles whose sums can wait
 #define SLOT_STRIDE (SLOT_NBYTES + 16)     // with the slot's barrier
+#define ROWS16 (2 / FRAGMENTS)        // rows that a warp multiplies at once, in 16: four chains of products side by side
 #define TEAM (2 * FRAGMENTS)          // warps that add a tile's sums, four rows of a token each thread
 #define TEAMS (WARPS / TEAM)
 #define NO_SUM 0xffffffffu   // what stands where a part has not come yet: a NaN, but not the one that sums become
@@ -236,47 +237,48 @@ struct Scales {
     }
 };
 
-// 32 rows times the slice; words are those of [64 columns][16 rows].
-__device__ inline void multiply(const Shared& sh, const uint4 (&words)[2][2], const Slice& x, const Bias& bias,
-                                const Scales& scales, float (&sums)[2][4 * FRAGMENTS], u32 key) {
+// Rows of a tile from the `rt`-th 16 on times the slice; words are those of [64 columns][16 rows].
+__device__ inline void multiply(const Shared& sh, const uint4 (&words)[2][2], int rt, const Slice& x, const Bias& bias,
+                                const Scales& scales, float (&sums)[ROWS16][4 * FRAGMENTS], u32 key) {
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
-        float part[2][2][4 * FRAGMENTS];  // four chains of products side by side
+        float part[2][ROWS16][4 * FRAGMENTS];
 #pragma unroll
         for (int kb = 0; kb < 2; ++kb)
 #pragma unroll
-            for (int i = 0; i < 4 * FRAGMENTS; ++i)
-                part[kb][0][i] = part[kb][1][i] = bias.of[kb][group][i];
+            for (int r = 0; r < ROWS16; ++r)
+#pragma unroll
+                for (int i = 0; i < 4 * FRAGMENTS; ++i) part[kb][r][i] = bias.of[kb][group][i];
 #pragma unroll
         for (int s = group * STEPS_PER_SCALE; s < (group + 1) * STEPS_PER_SCALE; ++s)
 #pragma unroll
             for (int kb = 0; kb < 2; ++kb)
 #pragma unroll
-                for (int rt = 0; rt < 2; ++rt) {
-                    const uint4& w = words[kb][rt];
+                for (int r = 0; r < ROWS16; ++r) {
+                    const uint4& w = words[kb][rt + r];
                     Levels levels(sh.lut, s == 0 ? w.x : s == 1 ? w.y : s == 2 ? w.z : w.w, key);
 #pragma unroll
                     for (int f = 0; f < FRAGMENTS; ++f)
-                        mma(part[kb][rt] + 4 * f, levels.a, x.b[kb][f][s / 2][s % 2 * 2], x.b[kb][f][s / 2][s % 2 * 2 + 1]);
+                        mma(part[kb][r] + 4 * f, levels.a, x.b[kb][f][s / 2][s % 2 * 2], x.b[kb][f][s / 2][s % 2 * 2 + 1]);
                 }
 #pragma unroll
-        for (int rt = 0; rt < 2; ++rt)
+        for (int r = 0; r < ROWS16; ++r)
 #pragma unroll
             for (int i = 0; i < 4 * FRAGMENTS; ++i) {
-                int row = 2 * rt + (i >> 1 & 1);
-                float both = part[0][rt][i] * scales.of[0][group][row] + part[1][rt][i] * scales.of[1][group][row];
-                sums[rt][i] = group ? sums[rt][i] + both : both;
+                int row = 2 * (rt + r) + (i >> 1 & 1);
+                float both = part[0][r][i] * scales.of[0][group][row] + part[1][r][i] * scales.of[1][group][row];
+                sums[r][i] = group ? sums[r][i] + both : both;
             }
     }
 }
 
 // A warp's sums of a tile, by token; `to` is the lane's place.
-__device__ inline void store_sums(char* to, const float (&sums)[2][4 * FRAGMENTS]) {
+__device__ inline void store_sums(char* to, int rt, const float (&sums)[ROWS16][4 * FRAGMENTS]) {
 #pragma unroll
-    for (int rt = 0; rt < 2; ++rt)
+    for (int r = 0; r < ROWS16; ++r)
 #pragma unroll
         for (int i = 0; i < 4 * FRAGMENTS; ++i)
-            *(float*)(to + (i / 4 * 8 + (i & 1)) * SUM_NBYTES + (16 * rt + 8 * (i >> 1 & 1)) * 4) = sums[rt][i];
+            *(float*)(to + (i / 4 * 8 + (i & 1)) * SUM_NBYTES + (16 * (rt + r) + 8 * (i >> 1 & 1)) * 4) = sums[r][i];
 }
 
 // Four rows of a token from all warps.
@@ -450,11 +452,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slices(const Args a) {
         if (left) ask(slot);
         slot += SLOT_STRIDE;
         if (slot == ring_end) slot = ring, parity ^= 1;
-        float sums[2][4 * FRAGMENTS];
-        multiply(sh, words, x, bias, scales, sums, key);
         int b = i % BUFFERS;
-        if (i >= BUFFERS) barrier_wait(sh.bars + 2 * b + 1, (i / BUFFERS - 1) & 1);
-        store_sums(to + b * (WARPS * SUMS_NBYTES), sums);
+#pragma unroll
+        for (int rt = 0; rt < 2; rt += ROWS16) {
+            float sums[ROWS16][4 * FRAGMENTS];
+            multiply(sh, words, rt, x, bias, scales, sums, key);
+            if (rt == 0 && i >= BUFFERS) barrier_wait(sh.bars + 2 * b + 1, (i / BUFFERS - 1) & 1);
+            store_sums(to + b * (WARPS * SUMS_NBYTES), rt, sums);
+        }
         __syncwarp();
         if (lane == 0) barrier_arrive(sh.bars + 2 * b);
         if (i > 0) {

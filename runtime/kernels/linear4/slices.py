@@ -22,7 +22,7 @@ MAX_SPLITS = 8
 WARPS = range(12, 17)  # of a block, each with 128 columns
 BUFFERS = 2
 IN_FLIGHT = 24
-FIRST_SLOTS = 24
+FIRST_SLOTS = 18
 
 
 class _Args(ctypes.Structure):
