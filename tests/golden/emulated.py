@@ -6,6 +6,9 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from minibble.runtime.kernels.nvrtc import Kernel
 
 HERE = Path(__file__).resolve().parents[1] / "kernels" / "emulated"
 SEEDS = itertools.count()
@@ -45,3 +48,21 @@ def library(
         subprocess.run(["c++", *flags, *macros, "-o", built, source], check=True)
         _libraries[key] = ctypes.CDLL(str(built))
     return _libraries[key]
+
+
+class FewTokens:
+    """A kernel for few tokens as `Kernel`, but for the CPU; `architecture` is what __CUDA_ARCH__ says."""
+
+    def __init__(self, kernel: Kernel, architecture: int, folder: Path):
+        self.kernel, self.folder = kernel, folder
+        self.macros = (*kernel.macros, f"-D__CUDA_ARCH__={architecture}")
+
+    def launch(
+        self, grid: int, threads: int, arguments: list[Any], shared_nbytes: int, overlap: bool = False
+    ) -> None:  # fmt: skip
+        built = library(
+            self.kernel.sources[1:], self.macros, self.folder, replaced=("few_ptx.cuh",),
+            shared="extern __shared__ __align__(1024) char shared[];", headers=("cuda.h", "few.h"),
+            entry=f"{self.kernel.name}.cpp",
+        )  # fmt: skip
+        built.launch(grid, next(SEEDS), ctypes.byref(arguments[0]))

@@ -47,7 +47,7 @@ def generator(cuda_device: torch.device) -> torch.Generator:
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("rows", [(48,), (2064, 80), (16, 32, 7)], ids=str)
-@pytest.mark.parametrize("K", [256, 1536])
+@pytest.mark.parametrize("K", [256, 1536, 6144, 8192])
 def test_products(format: Format, rows: tuple[int, ...], K: int, generator: torch.Generator) -> None:
     from minibble.runtime.kernels.linear4 import cuda
 
@@ -73,7 +73,7 @@ def test_real_size(format: Format, N: int, K: int, generator: torch.Generator) -
 
     q = random_matrix(N, K, format, generator)
     packed, weight = cuda.prepare([q], torch.bfloat16), decode(q).double()
-    for M in (1, 2, 5, 8, 17, 300, 2048):
+    for M in (1, 2, 5, 8, 9, 16, 17, 300, 2048):
         x = torch.randn(M, K, device=generator.device, generator=generator).bfloat16()
         exact = x.double() @ weight.t()
         poison(x.device)
@@ -146,17 +146,17 @@ def test_captured_in_a_graph(generator: torch.Generator) -> None:
 
 def test_before_hopper(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sources compiled for compute capability 8.0 run here as PTX, without what Hopper alone has."""
-    from minibble.runtime.kernels.linear4 import cuda, decoded, skinny
+    from minibble.runtime.kernels.linear4 import cuda, decoded, skinny, slices
 
     monkeypatch.setenv("MINIBBLE_CUDA_ARCH", "compute_80")
-    caches = (nvrtc.architecture, nvrtc._module, skinny._kernel, decoded._decode_kernel)
+    caches = (nvrtc.architecture, nvrtc._module, skinny._kernel, slices._kernel, decoded._decode_kernel)
     for cache in caches:
         cache.cache_clear()
     try:
         for format in FORMATS:
             q = random_matrix(2064, 1536, format, generator)
             packed = cuda.prepare([q], torch.bfloat16)
-            for M in (1, 5, 8, 63, 300):
+            for M in (1, 5, 8, 16, 63, 300):
                 x = torch.randn(M, 1536, device=generator.device, generator=generator).bfloat16()
                 assert relative(packed(x, torch.bfloat16), x.double() @ decode(q).double().t()) < BOUND
     finally:

@@ -10,7 +10,7 @@ import torch
 from minibble.quantize.errors import MinibbleError
 from minibble.runtime.kernels import nvrtc
 from minibble.runtime.kernels.lightning import by_hand
-from minibble.runtime.kernels.linear4 import decoded, skinny, tile
+from minibble.runtime.kernels.linear4 import decoded, few, skinny, slices, tile
 
 
 def compiler() -> str | None:
@@ -113,13 +113,22 @@ def test_arguments() -> None:
         nvrtc._value(1 << 31)
 
 
-def test_arguments_are_laid_out_as_in_the_source() -> None:
-    """Names and order of the structure that skinny.cu takes by value."""
-    text = (Path(skinny.__file__).parent / "skinny_shape.cuh").read_text()
-    body = re.sub(r"//.*", "", text[text.index("struct Args {") + 13 : text.index("};", text.index("struct Args {"))])
+@pytest.mark.parametrize(
+    ("source", "name", "ours"),
+    [
+        ("skinny_shape.cuh", "Args", skinny._Args),
+        ("slices_shape.cuh", "Args", slices._Args),
+        ("few_codes.cuh", "Codes", few.Codes),
+    ],
+)
+def test_arguments_are_laid_out_as_in_the_source(source: str, name: str, ours: type[ctypes.Structure]) -> None:
+    """Names and order of the structures that kernels take by value."""
+    text = (Path(skinny.__file__).parent / source).read_text()
+    start = text.index(f"struct {name} {{") + len(f"struct {name} {{")
+    body = re.sub(r"//.*", "", text[start : text.index("};", start)])
     names = []
     for declaration in filter(None, (part.strip() for part in body.split(";"))):
-        kind = re.match(r"(const )?(unsigned short|float|int|char|long long)", declaration)
+        kind = re.match(r"(const )?(unsigned short|float|int|char|long long|Codes)", declaration)
         assert kind, declaration
         names += [re.sub(r"[\s*]|\[.*?\]", "", name) for name in declaration[kind.end() :].split(",")]
-    assert names == [field[0] for field in skinny._Args._fields_]
+    assert names == [field[0] for field in ours._fields_]

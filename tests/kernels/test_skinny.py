@@ -132,10 +132,12 @@ def test_every_chunk_is_taken_once(tmp_path: Path, warps: int, divided: int) -> 
         pytest.skip("no C++ compiler")
     parts = [
         SHIMS,
-        f"#define WARPS {warps}\n#define TOKENS 8\n#define TABLE_STRIDE 128\n",
+        f"#define WARPS {warps}\n#define TABLE_STRIDE 128\n",
         f"#define SCALE_KIND 0\n#define SCALE_COLUMNS 64\n#define DIVIDED {divided}\n",
         "typedef unsigned int u32;\ntypedef unsigned long long u64;",
-        section("skinny_shape.cuh", "#define FRAGMENTS", None),
+        section("few_codes.cuh", "#define THREADS", "__device__ inline void fill_tables"),
+        section("few_codes.cuh", "// n / d of numbers", "// Asks for the second-level"),
+        section("skinny_shape.cuh", "#define TOKENS", None),
         section("skinny_work.cuh", "struct Shared", "// The matrix of the lane's expert"),
         section("skinny.cu", "// Where a block's share", "extern __shared__"),
         HARNESS,
@@ -206,4 +208,4 @@ def test_shares_end_where_splits_do(card: dict[str, int]) -> None:
     assert skinny._cut_by_groups(3, 288, 132) and not skinny._cut_by_groups(4, 288, 132)
     assert not skinny._cut_by_groups(1, 288, 132)
     layout = TileLayout.make((9216,), 6144, "int4", 128, True)
-    assert layout is not None and [skinny.splits_for(layout, M, torch.device("cuda", 0)) for M in (1, 8, 16)] == [4] * 3
+    assert layout is not None and [skinny.splits_for(layout, M, torch.device("cuda", 0)) for M in (1, 8)] == [4] * 2

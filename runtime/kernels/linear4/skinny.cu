@@ -4,29 +4,12 @@
 // a ring of half chunks in flight by itself, so that nothing but the reduction at the end of a range waits for another
 // warp. A byte of NF4's codes becomes two bfloat16 levels by one look-up in a table that stands in shared memory once
 // for each lane, int4's by arithmetic; the levels are the A operand of mma.m16n8k16, tokens are B, 8 at a time, and
-// scales are applied in float32 to the sums over their columns. Jobs are (expert, up to TOKENS of its tokens); a plain
-// product is the job of one expert.
+// scales are applied in float32 to the sums over their columns. Jobs are (expert, up to 8 of its tokens); a plain product
+// is the job of one expert.
 //
 // One function serves all uses in a layer, whose code so stays in the processors' caches.
 //
-// Macros: WARPS; TOKENS of a job, 8 or 16; TABLE_STRIDE, 128 or 256; SCALE_KIND 0 double quantization, 1 float32,
-// 2 float16; SCALE_COLUMNS of one scale; DIVIDED, whether of some experts only the first hidden units are computed.
-
-// The tables come with the launch: but for the addresses of matrices nothing is read from memory before the ids are.
-__device__ void fill_tables(const Args& a, const Shared& sh, int lane, int warp) {
-#if SCALE_KIND != 2
-    for (int first = warp * 32; first < 256; first += THREADS) {
-        int byte = first + lane;
-        u32 mine = a.levels[byte >> 4] | a.levels[byte & 15] << 16;
-#pragma unroll
-        for (int i = 0; i < 32; ++i)
-            *(u32*)(sh.lut + (first + i) * TABLE_STRIDE + lane * 4) = __shfl_sync(0xffffffff, mine, i);
-    }
-#endif
-#if SCALE_KIND == 0
-    for (int i = threadIdx.x; i < 256; i += THREADS) sh.map[i] = a.map[i];
-#endif
-}
+// Macros: those of few_codes.cuh; DIVIDED, whether of some experts only the first hidden units are computed.
 
 // Where a block's share of the units begins. Blocks start in order, each when a processor is done with the kernel before:
 // the last ones are behind already, so what remains of the division goes to the first.
@@ -49,7 +32,7 @@ __device__ inline Shared carve(const Args& a) {
     sh.job_matrix = (const char**)at, at += 8 * jobs;
     sh.map = (float*)at, at += SCALE_KIND == 0 ? 1024 : 0;
     sh.meta = (float2*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 16 : 0;
-    sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.nested_span * 4 : 0;
+    sh.nested = (float*)at, at += SCALE_KIND == 0 ? a.segment_tiles * 2 * a.codes.nested_span * 4 : 0;
     sh.pairs = (int*)at, at += 4 * TOKENS * jobs;
     sh.job_count = (int*)at, at += 4 * jobs;
     sh.scratch = (int*)at;
@@ -68,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     // The router's choice is what the kernel before has just made, or one of the kernels before that.
     bool chosen = a.epilogue != GATE_UP;
     if (!chosen) {
-        fill_tables(a, sh, lane, warp);
+        fill_tables(a.codes, sh, lane, warp);
         wait_for_previous_kernel();
     }
     int units = make_jobs(a, sh, matrix, expert_of_lane(a, lane)) * a.splits * a.tiles;
@@ -93,14 +76,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     // Weights never change, so the stream begins before the kernel ahead of this one has ended.
     for (; filled < a.first_slots && more; ++filled) refill(filled);
     if (chosen) {
-        fill_tables(a, sh, lane, warp);
+        fill_tables(a.codes, sh, lane, warp);
         wait_for_previous_kernel();
         load_x(a, sh, seg);
     }
 
     int slot = 0;
     u32 parity = 0, key = decoding_key(lane);
-    float sums[2][4 * FRAGMENTS] = {};
+    float sums[2][4] = {};
     for (int unit = start; unit < stop;) {
         bool other_x = unit == start;
         if (unit > start) {
@@ -110,10 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
             if (other_x) load_x(a, sh, seg);
             load_nested(a, sh, seg);
         }
-        const char* rows[FRAGMENTS];
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f)
-            rows[f] = sh.x + min(8 * f + (lane & 7), seg.tokens - 1) * x_stride(a) + (lane >> 3) * 16;
+        const char* row = sh.x + min(lane & 7, seg.tokens - 1) * x_stride(a) + (lane >> 3) * 16;
         wait_for_copies();
         if (other_x) order_x(a, sh, seg);
         __syncthreads();
@@ -123,23 +103,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
         if (unit > start) now.unit = unit, now.stop = unit + seg.count, stream_segment(a, sh, now, warp);
         if (now.unit == unit + seg.count)  // else the warp has no part of this segment
             while (now.q < now.q_end) {
-                const char* x[FRAGMENTS];
-#pragma unroll
-                for (int f = 0; f < FRAGMENTS; ++f) x[f] = rows[f] + now.c * 512 + 256;
+                const char* x = row + now.c * 512;
                 RowScales scales[2][2];
                 Operands operands;
                 char* at = ring + slot * SLOT_NBYTES;
                 barrier_wait(bars + slot, parity);
                 load_scales(a, sh, at + HALF_NBYTES, now.tile, first + now.c, scales, lane);
-                load_operands(operands, at, x, lane);
+                load_operands(operands, at, x + 256, lane);
                 __syncwarp();
                 if (more) refill(slot);
                 multiply_half<1>(sh, operands, scales, sums, key);
                 if (++slot == a.slots) slot = 0, parity ^= 1;
                 at = ring + slot * SLOT_NBYTES;
                 barrier_wait(bars + slot, parity);
-#pragma unroll
-                for (int f = 0; f < FRAGMENTS; ++f) x[f] -= 256;
                 load_operands(operands, at, x, lane);
                 __syncwarp();
                 if (more) refill(slot);
@@ -152,14 +128,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
         __syncthreads();
         write_outputs(a, sh, seg);
         unit += seg.count;
-    }
-    if (a.epilogue == TO_BFLOAT16 && a.splits > 1) {
-        int block = this_block();
-        units = (a.M + TOKENS - 1) / TOKENS * a.splits * a.tiles, stop = share(block + 1, units);
-        for (int unit = share(block, units); unit < stop;) {
-            Segment seg = segment_at(a, sh, unit, stop);
-            if (seg.split == a.splits - 1) add_parts(a, sh, seg);
-            unit += seg.count;
-        }
     }
 }

@@ -1,34 +1,5 @@
 // Of skinny.cu: a chunk of weights times the tokens of a job.
 
-#define BIASED_ZERO 0x43004300  // two bfloat16 of 128; with a nibble in its last bits, 128 + code
-#define MINUS_BIAS 0xc308c308   // -136: a code of 8 is a weight of 0
-
-// What decoding needs: where a lane's own of each entry of the table is, or 0x000f000f. That one is to be in a register,
-// as an instruction takes one constant only, so it comes from a vote, which the assembler cannot foresee.
-__device__ inline u32 decoding_key(int lane) {
-    return SCALE_KIND == 2 ? __ballot_sync(0xffffffff, (lane & 12) == 0) : lane * 4;
-}
-
-// A's registers of one step from the codes of 8 weights.
-struct Levels {
-    u32 a[4];
-#if SCALE_KIND == 2
-    // Integers, 136 too large, which `bias` makes good. Even columns come together, and odd ones: `order_x`.
-    __device__ inline Levels(const char*, u32 codes, u32 nibbles) {
-        a[0] = (codes >> 4 & nibbles) | BIASED_ZERO;
-        a[1] = (codes >> 12 & nibbles) | BIASED_ZERO;
-        a[2] = (codes & nibbles) | BIASED_ZERO;
-        a[3] = (codes >> 8 & nibbles) | BIASED_ZERO;
-    }
-#else
-    // By the table: a byte's two levels are one look-up.
-    __device__ inline Levels(const char* lut, u32 codes, u32 lane4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = *(const u32*)(lut + entry_of(codes, i, lane4));
-    }
-#endif
-};
-
 // The scales of one row in one chunk, of which `get` gives that of some 64 (or 32) columns.
 struct RowScales {
 #if SCALE_KIND == 0
@@ -38,8 +9,8 @@ struct RowScales {
         codes = *(const u32*)(scales + row * 4);
         float2 meta = sh.meta[m16];
         int block = __float_as_int(meta.x) + first;
-        nested = sh.nested[m16 * a.nested_span + (block >> 8)];
-        offset = meta.y * a.unscale;
+        nested = sh.nested[m16 * a.codes.nested_span + (block >> 8)];
+        offset = meta.y * a.codes.unscale;
     }
     __device__ inline float get(const Shared& sh, int i) const {
         return sh.map[(codes >> (8 * i)) & 255] * nested + offset;
@@ -48,7 +19,8 @@ struct RowScales {
     float values[4];
     __device__ inline void load(const Args& a, const Shared& sh, const char* scales, int row, int m16, int first) {
         float4 v = *(const float4*)(scales + row * 16);
-        values[0] = v.x * a.unscale, values[1] = v.y * a.unscale, values[2] = v.z * a.unscale, values[3] = v.w * a.unscale;
+        float unscale = a.codes.unscale;
+        values[0] = v.x * unscale, values[1] = v.y * unscale, values[2] = v.z * unscale, values[3] = v.w * unscale;
     }
     __device__ inline float get(const Shared& sh, int i) const { return values[i]; }  // loaded times unscale
 #else
@@ -61,9 +33,6 @@ struct RowScales {
     __device__ inline float get(const Shared& sh, int i) const { return float_of_half(halves[i / 2] >> (16 * (i & 1))); }
 #endif
 };
-
-// Steps of 16 columns whose sums share a scale, at most those of 64 columns.
-#define STEPS_PER_SCALE (SCALE_COLUMNS < 64 ? SCALE_COLUMNS / 16 : 4)
 
 __device__ inline void load_scales(const Args& a, const Shared& sh, const char* found, int tile, int k_chunk,
                                    RowScales (&scales)[2][2], int lane) {
@@ -80,12 +49,12 @@ __device__ inline void load_scales(const Args& a, const Shared& sh, const char* 
 
 // What a lane needs of half a chunk: codes of 32 rows, and B's registers.
 struct Operands {
-    u32 words[2][2][4];         // [64 columns][16 rows]
-    u32 b[2][FRAGMENTS][2][4];  // [64 columns][8 tokens][32 columns]
+    u32 words[2][2][4];  // [64 columns][16 rows]
+    u32 b[2][2][4];      // [64 columns][32 columns]
 };
 
-// `x` is where the lane's row of load_matrices begins, of the first 8 tokens and of the others.
-__device__ inline void load_operands(Operands& o, const char* codes, const char* const (&x)[FRAGMENTS], int lane) {
+// `x` is where the lane's row of load_matrices begins.
+__device__ inline void load_operands(Operands& o, const char* codes, const char* x, int lane) {
 #pragma unroll
     for (int kb = 0; kb < 2; ++kb) {
 #pragma unroll
@@ -94,39 +63,35 @@ __device__ inline void load_operands(Operands& o, const char* codes, const char*
             o.words[kb][rt][0] = w.x, o.words[kb][rt][1] = w.y, o.words[kb][rt][2] = w.z, o.words[kb][rt][3] = w.w;
         }
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) load_matrices(o.b[kb][f][i], x[f] + kb * 128 + i * 64);
+        for (int i = 0; i < 2; ++i) load_matrices(o.b[kb][i], x + kb * 128 + i * 64);
     }
 }
 
 // What the sums over some columns begin with: for integers, which are 136 too large, -136 times those of x.
 template <int STEPS>
-__device__ inline void bias(const Operands& o, int kb, int s0, float (&sums)[4 * FRAGMENTS]) {
+__device__ inline void bias(const Operands& o, int kb, int s0, float (&sums)[4]) {
 #if SCALE_KIND == 2
     const u32 minus_bias[4] = {MINUS_BIAS, MINUS_BIAS, MINUS_BIAS, MINUS_BIAS};
 #pragma unroll
-    for (int s = s0; s < s0 + STEPS; ++s)
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) {
-            const u32* b = o.b[kb][f][s / 2] + s % 2 * 2;
-            mma(sums + 4 * f, minus_bias, b[0], b[1]);
-        }
+    for (int s = s0; s < s0 + STEPS; ++s) {
+        const u32* b = o.b[kb][s / 2] + s % 2 * 2;
+        mma(sums, minus_bias, b[0], b[1]);
+    }
 #endif
 }
 
 template <int HALF>
 __device__ inline void multiply_half(const Shared& sh, const Operands& o, const RowScales (&scales)[2][2],
-                                     float (&sums)[2][4 * FRAGMENTS], u32 key) {
+                                     float (&sums)[2][4], u32 key) {
 #pragma unroll
     for (int s0 = 0; s0 < 4; s0 += STEPS_PER_SCALE) {
-        float part[2][2][4 * FRAGMENTS];  // four chains of products side by side
+        float part[2][2][4];  // four chains of products side by side
 #pragma unroll
         for (int kb = 0; kb < 2; ++kb) {
-            float first[4 * FRAGMENTS] = {};
+            float first[4] = {};
             bias<STEPS_PER_SCALE>(o, kb, s0, first);
 #pragma unroll
-            for (int i = 0; i < 4 * FRAGMENTS; ++i) part[kb][0][i] = part[kb][1][i] = first[i];
+            for (int i = 0; i < 4; ++i) part[kb][0][i] = part[kb][1][i] = first[i];
         }
 #pragma unroll
         for (int s = s0; s < s0 + STEPS_PER_SCALE; ++s)
@@ -135,11 +100,8 @@ __device__ inline void multiply_half(const Shared& sh, const Operands& o, const 
 #pragma unroll
                 for (int rt = 0; rt < 2; ++rt) {
                     Levels levels(sh.lut, o.words[kb][rt][s], key);
-#pragma unroll
-                    for (int f = 0; f < FRAGMENTS; ++f) {
-                        const u32* b = o.b[kb][f][s / 2] + s % 2 * 2;
-                        mma(part[kb][rt] + 4 * f, levels.a, b[0], b[1]);
-                    }
+                    const u32* b = o.b[kb][s / 2] + s % 2 * 2;
+                    mma(part[kb][rt], levels.a, b[0], b[1]);
                 }
             }
 #pragma unroll
@@ -149,7 +111,7 @@ __device__ inline void multiply_half(const Shared& sh, const Operands& o, const 
                 int index = ((2 * HALF + kb) * 64 + s0 * 16) / SCALE_COLUMNS;
                 float low = scales[rt][0].get(sh, index), high = scales[rt][1].get(sh, index);
 #pragma unroll
-                for (int i = 0; i < 4 * FRAGMENTS; ++i) sums[rt][i] += part[kb][rt][i] * (i & 2 ? high : low);
+                for (int i = 0; i < 4; ++i) sums[rt][i] += part[kb][rt][i] * (i & 2 ? high : low);
             }
     }
 }

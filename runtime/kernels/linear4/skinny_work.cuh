@@ -16,10 +16,9 @@ __device__ inline void copy_half(char* slot, const char* chunk, bool second, u64
 #endif
 }
 
-struct Shared {
-    char *lut, *ring, *x;
-    float *sums, *map, *nested;
-    float2* meta;  // for every 16 rows: first block within its second-level block (as an integer), and offset
+struct Shared : Tables {
+    char *ring, *x;
+    float* sums;
     u64* bars;
     const char** job_matrix;  // where the matrix of job j's expert begins
     int *pairs, *job_count, *scratch;  // the pairs of job j begin at pairs[TOKENS * j]
@@ -44,9 +43,6 @@ struct Segment {
     __device__ inline int chunks(const Args& a) const { return a.chunks; }
 #endif
 };
-
-// n / d of numbers below a million, in a fraction of the time and of the code that integers take.
-__device__ inline int quotient(int n, int d) { return (int)__fdividef((float)n + 0.5f, (float)d); }
 
 // The job list stands in shared memory; unit u is tile u % tiles of the job-and-split u / tiles.
 __device__ inline Segment segment_at(const Args& a, const Shared& sh, int unit, int stop) {
@@ -237,25 +233,7 @@ __device__ void order_x(const Args& a, const Shared& sh, const Segment& seg) {
 #endif
 }
 
-// Second-level scales of the segment's rows, for every 16 of them those that their blocks may need.
-__device__ void load_nested(const Args& a, const Shared& sh, const Segment& seg) {
-#if SCALE_KIND == 0
-    const char* record = sh.job_matrix[seg.job];
-    const char* meta = record + a.meta_start + 16 * seg.tile;
-    int rows16 = 16 * (a.K / 64);
-    for (int i = threadIdx.x; i < 2 * seg.used(a) * a.nested_span; i += THREADS) {
-        int m = quotient(i, a.nested_span), j = i - m * a.nested_span;
-        // The record holds the first block too, but to wait for it before asking for the scales costs a microsecond.
-        int m16 = 2 * seg.tile + m, part = 0;
-        while (part + 1 < a.parts_count && m16 >= a.part_start[part + 1]) ++part;
-        int block = a.interleaved ? (m16 & 1) * a.part_nested[1] * 256 + (m16 >> 1) * rows16
-                                  : a.part_nested[part] * 256 + (m16 - a.part_start[part]) * rows16;
-        int at = min((block >> 8) + j, a.nested_count - 1);
-        copy_4((char*)(sh.nested + i), record + a.nested_start + 4 * at);
-        if (j == 0) {
-            *(int*)(sh.meta + m) = block & 255;
-            copy_4((char*)(sh.meta + m) + 4, meta + m * 8 + 4);
-        }
-    }
-#endif
+// Second-level scales of the segment's rows.
+__device__ inline void load_nested(const Args& a, const Shared& sh, const Segment& seg) {
+    load_nested(a.codes, sh, sh.job_matrix[seg.job], a.K, seg.tile, seg.used(a));
 }

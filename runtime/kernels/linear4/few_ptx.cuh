@@ -1,6 +1,8 @@
-// Of skinny.cu: the PTX it is made of. Before Hopper lanes copy for themselves, and barriers count lanes.
+// Of the kernels for few tokens: the PTX they are made of. Before Hopper lanes copy for themselves, and barriers count lanes.
 
-#define EVICT_FIRST 0x12F0000000000000ull  // the policy createpolicy.fractional.L2::evict_first makes: read once
+// Policies as createpolicy.fractional.L2 makes them: of what is read once, and of what is not.
+#define EVICT_FIRST 0x12F0000000000000ull
+#define EVICT_NORMAL 0x1000000000000000ull
 #define ARRIVALS (__CUDA_ARCH__ >= 900 ? 1 : 32)  // that a barrier waits for: the copy engine's, or each lane's
 
 __device__ inline void barrier_init(u64* bar, int count) {
@@ -40,9 +42,9 @@ __device__ inline bool elected() {
 // Makes barriers known to the copy engine.
 __device__ inline void barriers_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ inline void copy_bulk(char* to, const char* from, int nbytes, u64* bar) {
+__device__ inline void copy_bulk(char* to, const char* from, int nbytes, u64* bar, u64 policy = EVICT_FIRST) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 ::"r"(shared_address(to)), "l"(from), "r"(nbytes), "r"(shared_address(bar)), "l"(EVICT_FIRST) : "memory");
+                 ::"r"(shared_address(to)), "l"(from), "r"(nbytes), "r"(shared_address(bar)), "l"(policy) : "memory");
 }
 #else
 // Arrive when this thread's copies so far are there.
@@ -82,13 +84,6 @@ __device__ inline unsigned short to_bfloat16(float f) {
     unsigned short h;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
-}
-
-// The index of the block, read again, so that what follows from it is not kept in registers meanwhile.
-__device__ inline int this_block() {
-    int block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    return block;
 }
 
 // What another block may write at any time. Each word is whole, no more is promised.

@@ -1,10 +1,11 @@
-// What skinny_ptx.cuh is on the GPU, on top of cuda.h; SCALE_KIND and the rest are macros as for the kernel.
+// What few_ptx.cuh is on the GPU, on top of cuda.h; SCALE_KIND and the rest are macros as for the kernel.
 
 #include <memory>
 
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
 #endif
+#define EVICT_NORMAL 0
 #define ARRIVALS (__CUDA_ARCH__ >= 900 ? 1 : 32)
 struct float2 { float x, y; };
 struct uint2 { u32 x, y; };
@@ -16,7 +17,7 @@ static void barrier_wait(u64* bar, u32 parity) { barrier_wait(shared_address(bar
 static void barrier_expect(u64* bar, int nbytes) { barrier_expect(shared_address(bar), (u32)nbytes); }
 static void barrier_arrive(u64* bar) { barrier_arrive(shared_address(bar)); }
 static bool elected() { return lane() == 0; }
-static void copy_bulk(char* to, const char* from, int nbytes, u64* bar) {
+static void copy_bulk(char* to, const char* from, int nbytes, u64* bar, u64 = 0) {
     copy_bytes(shared_address(to), from, nbytes, shared_address(bar));
 }
 
@@ -52,7 +53,6 @@ static void barrier_arrive_after_copies(u64* bar) {
     });
 }
 
-static int this_block() { return blockIdx.x; }
 static uint4 load_part(const uint4* from) {
     static int in_vain;
     yield();
