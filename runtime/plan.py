@@ -17,6 +17,7 @@ from minibble.quantize.formats import Format
 from minibble.quantize.inventory import TensorSpec
 from minibble.quantize.sizes import binary, decimal
 from minibble.runtime.footprint import kv_cache_bytes, state_bytes
+from minibble.runtime.kernels.linear4.slices import MAX_PARTIAL_SUMS
 from minibble.runtime.kernels.tiles import TileLayout, usable
 from minibble.runtime.layout import by_module
 
@@ -25,7 +26,7 @@ from minibble.runtime.layout import by_module
 PREFILL_CHUNK = 1024
 PREFILL_CHUNK_CUDA = 4096
 # Sums that blocks hand to each other: of the kernel for many tokens, on 132 processors, and of the one for few.
-HANDED_OVER_NBYTES = (18 << 20) + (8 << 20)
+HANDED_OVER_NBYTES = (18 << 20) + 4 * MAX_PARTIAL_SUMS
 CUBLAS_NBYTES = 32 << 20  # what cuBLAS takes for itself on Hopper through torch's allocator
 
 
