@@ -34,8 +34,8 @@ struct Dim { int x; } gridDim;
 """
 
 HARNESS = """
-// Every tile of every split is some block's once; parts come from blocks before the one that adds them, and in the order
-// in which it adds them, as far as a circle can: a block whose tiles are those of at most two others.
+// Every tile of every split is some block's once; parts come from blocks before the one that adds them, and in the
+// order in which it adds them, as far as a circle can: a block whose tiles are those of at most two others.
 int main() {
     for (int grid : {1, 5, 108, 132})
     for (int tiles : {1, 2, 5, 31, 192, 288, 320, 1024})
@@ -49,7 +49,8 @@ int main() {
         std::vector<std::vector<int>> block_of(splits, std::vector<int>(tiles, -1)), step_of = block_of;
         for (int b = 0; b < grid; ++b) {
             Share share(a, b);
-            if (share.split < 0 || share.split >= splits || share.count < 0 || share.count > most) return printf("count");
+            if (share.split < 0 || share.split >= splits) return printf("split");
+            if (share.count < 0 || share.count > most) return printf("count");
             if (share.begin && share.split < splits - 1) return printf("another circle");
             if (share.begin < 0 || share.begin > max(0, share.count - 1)) return printf("begin");
             for (int i = 0; i < share.count; ++i) {
