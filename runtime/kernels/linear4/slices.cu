@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slices(const Args a) {
     Bias bias(x);
 
     int team = warp / TEAM, item = (warp - team * TEAM) * 32 + lane, turn = 0;
-    bool own = item < a.M * 8;
+    bool adds = item < items(a);
     Open open = {-1};
     char* to = buffer_of(sh, 0, warp) + (lane & 3) * 2 * SUM_NBYTES + (lane >> 2) * 4;
     const char* added_from = buffer_of(sh, 0, 0) + (item >> 3) * SUM_NBYTES + (item & 7) * 16;
@@ -69,10 +69,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slices(const Args a) {
         int b = i % BUFFERS;
         barrier_wait(sh.bars + 2 * b, i / BUFFERS & 1);
         float4 y = {};
-        if (own) y = added(added_from + b * (WARPS * SUMS_NBYTES));
+        if (adds) y = added(added_from + b * (WARPS * SUMS_NBYTES));
         __syncwarp();
         if (lane == 0) barrier_arrive(sh.bars + 2 * b + 1);
-        if (own) put(a, share.split, share.tile + share.local(i), item, y, open);
+        if (adds) put(a, share.split, share.tile + share.local(i), item, y, open);
     };
     char* slot = ring;
     u32 parity = 0, key = decoding_key(lane);

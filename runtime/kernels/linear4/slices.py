@@ -62,7 +62,7 @@ def shape_for(layout: TileLayout, M: int, device: torch.device) -> Shape | None:
     found = []
     for splits in range(1, min(MAX_SPLITS, processors) + 1):
         warps, left = divmod(layout.K // COLUMNS, splits)
-        if left or warps not in WARPS or (splits - 1) * layout.tiles * M * ROWS > MAX_PARTIAL_SUMS:
+        if left or warps not in WARPS or (splits - 1) * layout.tiles * _up4(M) * ROWS > MAX_PARTIAL_SUMS:
             continue
         # Blocks of the last split add the parts of all, so where tiles do not divide it is they that have fewer.
         most = -(-layout.tiles // (processors // splits))
@@ -83,6 +83,10 @@ def _shared_nbytes(layout: TileLayout, M: int, warps: int, tiles: int, stride: i
 
 def _job_tokens(M: int) -> int:
     return 8 if M <= 8 else 16
+
+
+def _up4(M: int) -> int:
+    return -(-M // 4) * 4
 
 
 def launch(layout: TileLayout, data: Tensor, shape: Shape, x: Tensor, out: Tensor) -> None:

@@ -17,7 +17,7 @@ struct Args {
     const char* matrix;
     const char* x;    // bfloat16 [M, K]
     char* out;        // bfloat16 [M, N]; float32 [splits, M, N] if there are no `parts`
-    int* parts;       // float32 [splits - 1, tiles, M, 32]; NO_SUM before and after
+    int* parts;       // float32 [splits - 1, tiles, M or up to 3 more, 32]; NO_SUM before and after
     int M, N, K, tiles, chunks, splits;
     int blocks;       // of each split but the last, which has the others
     int block_tiles;  // most tiles of a block
@@ -29,6 +29,10 @@ struct Shared : Tables {
     char *ring, *sums;
     u64* bars;  // of each buffer: that it is full, that it is empty
 };
+
+// Of a tile, four rows of a token each. Warps have whole ones, with tokens that there are not: where lanes part, the ones
+// that add go their way alone for long.
+__device__ inline int items(const Args& a) { return (a.M + 3) / 4 * 32; }
 
 // Where a warp's sums of the i-th tile lie.
 __device__ inline char* buffer_of(const Shared& sh, int i, int warp) {

@@ -28,9 +28,9 @@ __device__ inline u32 bits_of(float sum) {
 
 __device__ inline bool has_come(uint4 v) { return v.x != NO_SUM && v.y != NO_SUM && v.z != NO_SUM && v.w != NO_SUM; }
 
-// Item i of a tile: four rows of token i / 8.
+// Item i of a tile belongs to token i / 8.
 __device__ inline uint4* part_of(const Args& a, int split, int tile, int item) {
-    return (uint4*)a.parts + (split * a.tiles + tile) * (a.M * 8) + item;
+    return (uint4*)a.parts + (split * a.tiles + tile) * items(a) + item;
 }
 
 // Four rows of a tile whose other parts are to be added, if there is a tile.
@@ -63,17 +63,18 @@ __device__ inline void finish(const Args& a, const Open& open, int item) {
             y.z += __uint_as_float(part[s].z), y.w += __uint_as_float(part[s].w);
         }
     y.x += open.sum.x, y.y += open.sum.y, y.z += open.sum.z, y.w += open.sum.w;
-    int n = open.tile * 32 + (item & 7) * 4;
-    if (n < a.N) store_bfloat16((unsigned short*)a.out + (long long)(item >> 3) * a.N + n, y, a.N - n, a.N % 4 == 0);
+    int token = item >> 3, n = open.tile * 32 + (item & 7) * 4;
+    if (token >= a.M || n >= a.N) return;
+    store_bfloat16((unsigned short*)a.out + (long long)token * a.N + n, y, a.N - n, a.N % 4 == 0);
 }
 
 // What becomes of the sums of four rows of a tile. Those of the last split stay until the thread has the next ones, as by
 // then the other parts are there.
 __device__ inline void put(const Args& a, int split, int tile, int item, float4 y, Open& open) {
     if (a.parts == nullptr) {
-        int n = tile * 32 + (item & 7) * 4;
-        float* to = (float*)a.out + ((long long)split * a.M + (item >> 3)) * a.N + n;
-        if (n < a.N) store_floats(to, y, a.N - n, a.N % 4 == 0);
+        int token = item >> 3, n = tile * 32 + (item & 7) * 4;
+        float* to = (float*)a.out + ((long long)split * a.M + token) * a.N + n;
+        if (token < a.M && n < a.N) store_floats(to, y, a.N - n, a.N % 4 == 0);
     } else if (split < a.splits - 1) {
         store_part(part_of(a, split, tile, item), {bits_of(y.x), bits_of(y.y), bits_of(y.z), bits_of(y.w)});
     } else {
