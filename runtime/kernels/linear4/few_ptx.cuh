@@ -67,6 +67,11 @@ __device__ inline void copy_16(char* to, const char* from, bool there) {
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Zero, but the assembler cannot know: what depends on it comes after `read` has been read. Shared memory answers late
+// where many warps ask, and a copy to the same place may be quicker: with weights in the L2 cache some were.
+// `positive` is any number that is.
+__device__ inline u32 nothing_of(u32 read, int positive) { return read & (u32)(positive >> 31); }
+
 // Four matrices of 8 rows of 16 bytes, lane 8 i + r giving the place of row r of matrix i: B's registers of 32 columns.
 __device__ inline void load_matrices(u32 (&b)[4], const char* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

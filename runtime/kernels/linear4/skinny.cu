@@ -66,15 +66,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
     Stream now = ahead;
     bool second = true;
     int filled = 0;
-    auto refill = [&](int slot) {
-        copy_half(ring + slot * SLOT_NBYTES, ahead.from, second, bars + slot, lane);
+    auto refill = [&](int slot, u32 nothing) {
+        copy_half(ring + slot * SLOT_NBYTES + nothing, ahead.from, second, bars + slot, lane);
         second = !second;
         if (!second) return;
         stream_step(ahead);
         if (ahead.q == ahead.q_end) more = stream_segment(a, sh, ahead, warp);
     };
     // Weights never change, so the stream begins before the kernel ahead of this one has ended.
-    for (; filled < a.first_slots && more; ++filled) refill(filled);
+    for (; filled < a.first_slots && more; ++filled) refill(filled, 0);
     if (chosen) {
         fill_tables(a.codes, sh, lane, warp);
         wait_for_previous_kernel();
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
         if (other_x) order_x(a, sh, seg);
         __syncthreads();
         if (unit == start)
-            for (; filled < a.slots && more; ++filled) refill(filled);
+            for (; filled < a.slots && more; ++filled) refill(filled, 0);
         int first = split_start(a, seg, seg.split);
         if (unit > start) now.unit = unit, now.stop = unit + seg.count, stream_segment(a, sh, now, warp);
         if (now.unit == unit + seg.count)  // else the warp has no part of this segment
@@ -108,17 +108,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny(const Args a) {
                 Operands operands;
                 char* at = ring + slot * SLOT_NBYTES;
                 barrier_wait(bars + slot, parity);
-                load_scales(a, sh, at + HALF_NBYTES, now.tile, first + now.c, scales, lane);
-                load_operands(operands, at, x + 256, lane);
+                u32 read = load_scales(a, sh, at + HALF_NBYTES, now.tile, first + now.c, scales, lane) ^
+                           load_operands(operands, at, x + 256, lane);
                 __syncwarp();
-                if (more) refill(slot);
+                if (more) refill(slot, nothing_of(read, a.M));
                 multiply_half<1>(sh, operands, scales, sums, key);
                 if (++slot == a.slots) slot = 0, parity ^= 1;
                 at = ring + slot * SLOT_NBYTES;
                 barrier_wait(bars + slot, parity);
-                load_operands(operands, at, x, lane);
+                read = load_operands(operands, at, x, lane);
                 __syncwarp();
-                if (more) refill(slot);
+                if (more) refill(slot, nothing_of(read, a.M));
                 multiply_half<0>(sh, operands, scales, sums, key);
                 if (++slot == a.slots) slot = 0, parity ^= 1;
                 int tile = now.tile;

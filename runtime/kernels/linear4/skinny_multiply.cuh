@@ -15,6 +15,7 @@ struct RowScales {
     __device__ inline float get(const Shared& sh, int i) const {
         return sh.map[(codes >> (8 * i)) & 255] * nested + offset;
     }
+    __device__ inline u32 read() const { return codes; }
 #elif SCALE_KIND == 1
     float values[4];
     __device__ inline void load(const Args& a, const Shared& sh, const char* scales, int row, int m16, int first) {
@@ -23,6 +24,7 @@ struct RowScales {
         values[0] = v.x * unscale, values[1] = v.y * unscale, values[2] = v.z * unscale, values[3] = v.w * unscale;
     }
     __device__ inline float get(const Shared& sh, int i) const { return values[i]; }  // loaded times unscale
+    __device__ inline u32 read() const { return __float_as_uint(values[0]); }
 #else
     u32 halves[SCALES_PER_ROW / 2];
     __device__ inline void load(const Args& a, const Shared& sh, const char* scales, int row, int m16, int first) {
@@ -31,12 +33,20 @@ struct RowScales {
             halves[i] = *(const u32*)(scales + row * 2 * SCALES_PER_ROW + 4 * i);
     }
     __device__ inline float get(const Shared& sh, int i) const { return float_of_half(halves[i / 2] >> (16 * (i & 1))); }
+    __device__ inline u32 read() const {
+        u32 all = 0;
+#pragma unroll
+        for (int i = 0; i < SCALES_PER_ROW / 2; ++i) all ^= halves[i];
+        return all;
+    }
 #endif
 };
 
-__device__ inline void load_scales(const Args& a, const Shared& sh, const char* found, int tile, int k_chunk,
+// Gives what it has read, for `nothing_of`.
+__device__ inline u32 load_scales(const Args& a, const Shared& sh, const char* found, int tile, int k_chunk,
                                    RowScales (&scales)[2][2], int lane) {
     int g = lane >> 2, per_row = a.K / 64;
+    u32 read = 0;
 #pragma unroll
     for (int rt = 0; rt < 2; ++rt)
 #pragma unroll
@@ -44,7 +54,9 @@ __device__ inline void load_scales(const Args& a, const Shared& sh, const char* 
             int row = g + 8 * half;
             scales[rt][half].load(a, sh, found, 16 * rt + row, 2 * tile + rt,
                                   row * per_row + 4 * k_chunk);
+            read ^= scales[rt][half].read();
         }
+    return read;
 }
 
 // What a lane needs of half a chunk: codes of 32 rows, and B's registers.
@@ -53,8 +65,8 @@ struct Operands {
     u32 b[2][2][4];      // [64 columns][32 columns]
 };
 
-// `x` is where the lane's row of load_matrices begins.
-__device__ inline void load_operands(Operands& o, const char* codes, const char* x, int lane) {
+// `x` is where the lane's row of load_matrices begins. Gives what of codes it has read.
+__device__ inline u32 load_operands(Operands& o, const char* codes, const char* x, int lane) {
 #pragma unroll
     for (int kb = 0; kb < 2; ++kb) {
 #pragma unroll
@@ -65,6 +77,7 @@ __device__ inline void load_operands(Operands& o, const char* codes, const char*
 #pragma unroll
         for (int i = 0; i < 2; ++i) load_matrices(o.b[kb][i], x + kb * 128 + i * 64);
     }
+    return o.words[0][0][0] ^ o.words[0][1][0] ^ o.words[1][0][0] ^ o.words[1][1][0];
 }
 
 // What the sums over some columns begin with: for integers, which are 136 too large, -136 times those of x.

@@ -85,8 +85,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slices(const Args a) {
         for (int kb = 0; kb < 2; ++kb)
 #pragma unroll
             for (int rt = 0; rt < 2; ++rt) words[kb][rt] = *(const uint4*)(slot + kb * 1024 + rt * 512 + lane * 16);
+        u32 read = scales.read ^ words[0][0].x ^ words[0][1].x ^ words[1][0].x ^ words[1][1].x;
         __syncwarp();
-        if (left) ask(slot);
+        if (left) ask(slot + nothing_of(read, a.M));
         slot += SLOT_STRIDE;
         if (slot == ring_end) slot = ring, parity ^= 1;
         int b = i % BUFFERS;

@@ -91,12 +91,14 @@ struct Bias {
 // The scales of a lane's four rows: g, g + 8, g + 16, g + 24.
 struct Scales {
     float of[2][GROUPS][4];  // [64 columns]
+    u32 read = 0;  // of all that was
 
     __device__ inline Scales(const Args& a, const Shared& sh, const char* found, int tile, int slice, int lane) {
         int g = lane >> 2, half = slice & 1;
 #if SCALE_KIND == 0
         // Each lane has one row's, and gets others' from their lanes.
         u32 codes = *(const unsigned short*)(found + lane * 4 + half * 2);
+        read = codes;
         int m16 = 2 * tile + (lane >> 4);
         float2 meta = sh.meta[m16];
         int block = __float_as_int(meta.x) + (lane & 15) * (a.K / 64) + 4 * (slice >> 1);
@@ -113,6 +115,7 @@ struct Scales {
             const char* row = found + ((g + 8 * i) * SCALES_PER_ROW + half * (128 / SCALE_COLUMNS)) * SCALE_NBYTES;
 #if SCALE_KIND == 1
             float2 v = *(const float2*)row;
+            read ^= __float_as_uint(v.x);
             of[0][0][i] = v.x * a.codes.unscale, of[1][0][i] = v.y * a.codes.unscale;
 #else
 #pragma unroll
@@ -120,7 +123,9 @@ struct Scales {
 #pragma unroll
                 for (int group = 0; group < GROUPS; ++group) {
                     int column = kb * 64 + group * 16 * STEPS_PER_SCALE;
-                    of[kb][group][i] = float_of_half(((const unsigned short*)row)[column / SCALE_COLUMNS]);
+                    u32 bits = ((const unsigned short*)row)[column / SCALE_COLUMNS];
+                    of[kb][group][i] = float_of_half(bits);
+                    read ^= bits;
                 }
 #endif
         }
