@@ -83,6 +83,23 @@ def test_real_size(format: Format, N: int, K: int, generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize(("rows", "K"), [((2064, 80), 6144), ((9216,), 1536), ((1024,), 8192)], ids=str)
+def test_the_same_every_time(format: Format, rows: tuple[int, ...], K: int, generator: torch.Generator) -> None:
+    """Weights in the L2 cache come soonest: not before the ring's place that they take has been read."""
+    from minibble.runtime.kernels.linear4 import cuda
+
+    packed = cuda.prepare([random_matrix(n, K, format, generator) for n in rows], torch.bfloat16)
+    for M in (1, 3, 8, 16):
+        x = torch.randn(M, K, device=generator.device, generator=generator).bfloat16()
+        for dtype in (torch.bfloat16, torch.float32):
+            first = packed(x, dtype)
+            differing = torch.zeros((), dtype=torch.int64, device=x.device)
+            for _ in range(200):
+                differing += (packed(x, dtype) != first).any()
+            assert not differing, f"{M} tokens, {dtype}: {int(differing)} of 200 differ"
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(("experts", "active", "D", "F"), [(4, 2, 256, 512), (40, 3, 512, 48), (1, 1, 256, 256)])
 def test_experts(format: Format, experts: int, active: int, D: int, F: int, generator: torch.Generator) -> None:
     from minibble.runtime.kernels.moe4.table import ExpertTable
