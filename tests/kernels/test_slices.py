@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minibble.quantize.tensors import Levels
-from minibble.runtime.kernels.linear4 import slices
+from minibble.runtime.kernels.linear4 import cuda, skinny, slices
 from minibble.runtime.kernels.tiles import TileLayout
 
 DEVICE = torch.device("cuda", 0)
@@ -142,3 +142,20 @@ def test_work_of_the_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = slices.shape_for(layout_of(9216, 6144, "int4", 128), 16, DEVICE)
     assert shape is not None
     assert (shape.splits, shape.warps, shape.blocks, shape.block_tiles) == (4, 12, 32, 9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "K", "by_jobs"),
+    [(9216, 6144, set()), (32768, 6144, {1, 2}), (6144, 8192, set()), (9216, 640, {1, 2, 3, 9})],
+)
+def test_what_is_multiplied_by_jobs(
+    rows: int, K: int, by_jobs: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Few tokens of matrices that need not be cut, and widths that are no slices."""
+    on(H100, monkeypatch)
+    monkeypatch.setattr(skinny, "multiprocessors", lambda device: H100[0])
+    monkeypatch.setattr(skinny, "shared_limit", lambda device: H100[1])
+    skinny.splits_for.cache_clear()
+    matrix = cuda.TiledLinear(torch.empty(0, dtype=torch.uint8), layout_of(rows, K, "int4", 128))
+    assert {M for M in (1, 2, 3, 9) if matrix._slices(M, DEVICE) is None} == by_jobs
+    skinny.splits_for.cache_clear()

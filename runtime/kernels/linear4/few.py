@@ -16,6 +16,8 @@ TABLE_STRIDES = (256, 128)  # bytes from entry to entry: an instruction less for
 
 
 class Codes(ctypes.Structure):
+    """few_codes.cuh's Codes."""
+
     _fields_ = [
         ("levels", ctypes.c_uint16 * 16),
         ("map", ctypes.c_float * 256),
@@ -30,7 +32,7 @@ class Codes(ctypes.Structure):
 
 @cache
 def codes_of(layout: TileLayout) -> Codes:
-    """few_codes.cuh's Codes of a matrix in `layout`."""
+    """Those of a matrix in `layout`."""
     return Codes(
         *_tables(layout.levels),
         layout.meta_start, layout.nested_start, sum(layout.nested_counts), _nested_span(layout), *_parts(layout),
