@@ -124,7 +124,7 @@ class TileLayout:
     def nested_counts(self) -> tuple[int, ...]:
         """Second-level scales of each part, those of padded rows included."""
         per_row = self.K // BLOCK
-        return tuple(-(-_up(rows, 16) * per_row // NESTED_BLOCK) for rows in self.part_rows)
+        return tuple(-(-up(rows, 16) * per_row // NESTED_BLOCK) for rows in self.part_rows)
 
     @property
     def nbytes(self) -> int:
@@ -202,7 +202,7 @@ def _pack_nested(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tens
     for q, count in zip(parts, layout.nested_counts, strict=True):
         assert q.nested_absmax is not None and q.nested_offset is not None
         nested[start : start + len(q.nested_absmax)] = q.nested_absmax
-        first = range(start * NESTED_BLOCK, start * NESTED_BLOCK + _up(q.shape[0], 16) * per_row, 16 * per_row)
+        first = range(start * NESTED_BLOCK, start * NESTED_BLOCK + up(q.shape[0], 16) * per_row, 16 * per_row)
         entries.append([struct.pack("<if", block, q.nested_offset) for block in first])
         start += count
     order = list(chain(*(zip(*entries, strict=True) if layout.interleaved else entries)))
@@ -211,9 +211,10 @@ def _pack_nested(parts: Sequence[QuantizedTensor], layout: TileLayout, out: Tens
     place.copy_(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
 
 
-def _up(n: int, multiple: int) -> int:
+def up(n: int, multiple: int) -> int:
+    """`n`, or what is more of a multiple."""
     return -(-n // multiple) * multiple
 
 
 def _aligned(nbytes: int) -> int:
-    return _up(nbytes, ALIGNMENT)
+    return up(nbytes, ALIGNMENT)

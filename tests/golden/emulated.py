@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minibble.runtime.kernels.nvrtc import Kernel
 
 HERE = Path(__file__).resolve().parents[1] / "kernels" / "emulated"
@@ -66,3 +69,8 @@ class FewTokens:
             entry=f"{self.kernel.name}.cpp",
         )  # fmt: skip
         built.launch(grid, next(SEEDS), ctypes.byref(arguments[0]))
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """NaN, which shows where a kernel wrote nothing."""
+    return torch.full(shape, float("nan"), dtype=dtype)

@@ -1,4 +1,4 @@
-"""How kernels are tested: outputs poisoned, and Triton's on the CPU through its interpreter."""
+"""How kernels are tested: outputs poisoned and compared, Triton's through its interpreter, CUDA C++ compiled."""
 
 import importlib.util
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from minibble.runtime.kernels import nvrtc
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -38,3 +41,28 @@ def interpreted(module: str, function: str) -> None:
     program = f"import {module}\n{module}.{function}()\n"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    """The norm of the difference over that of `exact`, in float64."""
+    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+
+
+def compiler() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    try:
+        from cuda.bindings import nvrtc as library
+
+        library.nvrtcVersion()
+    except Exception as error:  # the package or the library it loads is missing
+        return f"no NVRTC: {error}"
+    return None
+
+
+needs_nvrtc = pytest.mark.skipif(compiler() is not None, reason=str(compiler()))
+
+
+def compiled(kernel: nvrtc.Kernel, arch: str) -> bytes:
+    """`kernel` as machine code for `arch`, or as PTX."""
+    text = "\n".join(path.read_text() for path in kernel.sources)
+    return nvrtc._compile(text, kernel.sources[-1].name, kernel.macros, arch)

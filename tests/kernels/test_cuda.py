@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from golden.kernel_checks import relative
 
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
@@ -28,10 +28,6 @@ def random_matrix(N: int, K: int, format: Format, generator: torch.Generator) ->
     codes = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device=device, generator=generator)
     scales = 0.5 + torch.rand(N * K // format.block_size, device=device, generator=generator)
     return format.assemble((N, K), codes, scales * (K**-0.5 / level_table(format.levels, device).std()))
-
-
-def relative(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
 
 
 def poison(device: torch.device) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.kernel_checks import interpreted
+from golden.kernel_checks import interpreted, relative
 
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
@@ -25,10 +25,6 @@ INT4 = [
 def parts(shapes: tuple[tuple[int, int], ...], format: Format = NF4()) -> list[QuantizedTensor]:  # noqa: B008 (frozen)
     generator = torch.Generator().manual_seed(sum(n for n, _ in shapes))
     return [format.encode(torch.randn(*shape, generator=generator)) for shape in shapes]
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def check(

@@ -6,26 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden.kernel_checks import compiled, needs_nvrtc
 
 from minibble.quantize.errors import MinibbleError
 from minibble.runtime.kernels import nvrtc
 from minibble.runtime.kernels.lightning import by_hand
 from minibble.runtime.kernels.linear4 import decoded, few, skinny, slices, tile
 
-
-def compiler() -> str | None:
-    """Why nothing can be compiled here; None if it can."""
-    try:
-        from cuda.bindings import nvrtc as library
-
-        library.nvrtcVersion()
-    except Exception as error:  # the package or the library it loads is missing
-        return f"no NVRTC: {error}"
-    return None
-
-
-needs_nvrtc = pytest.mark.skipif(compiler() is not None, reason=str(compiler()))
-SCALES = [(0, 64), (1, 64), (2, 128), (2, 64), (2, 32)]
 # Flags, columns of a scale, tokens of a tile.
 TILES = [
     ({"NF4", "NESTED"}, 64, 256),
@@ -35,20 +22,6 @@ TILES = [
     ({"GROUPED", "SCATTERED", "SCALED"}, 128, 64),
     (set(), 32, 32),
 ]
-
-
-def compiled(kernel: nvrtc.Kernel, arch: str) -> bytes:
-    text = "\n".join(path.read_text() for path in kernel.sources)
-    return nvrtc._compile(text, kernel.sources[-1].name, kernel.macros, arch)
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_90a", "compute_80"])
-@pytest.mark.parametrize(("kind", "columns"), SCALES)
-@pytest.mark.parametrize("warps", skinny.WARPS)
-def test_few_tokens(arch: str, kind: int, columns: int, warps: int) -> None:
-    code = compiled(skinny._kernel(warps, kind, columns), arch)
-    assert b"skinny" in code and (code[:4] == b"\x7fELF") == arch.startswith("sm_")
 
 
 @needs_nvrtc

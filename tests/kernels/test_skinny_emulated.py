@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from golden import emulated
+from golden.kernel_checks import relative
 from torch import Tensor
 
 from minibble.quantize.formats import Format
@@ -46,14 +47,6 @@ def emulated_gpu(
         kept.cache_clear()
 
 
-def relative(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
-
-
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
 @pytest.mark.parametrize(
     ("format", "M"),
     [
@@ -79,11 +72,11 @@ def test_products(format: Format, M: int) -> None:
     operand = skinny.Operand(layout, pack(parts, layout))
     x = torch.randn(M, K, generator=generator).bfloat16()
     exact = x.double() @ torch.cat([decode(q) for q in parts]).double().t()
-    y = poisoned(M, 103, dtype=torch.bfloat16)
+    y = emulated.poisoned(M, 103, dtype=torch.bfloat16)
     skinny.launch(operand, skinny.BFLOAT16, x, y)
     assert relative(y, exact) < 3e-3
     for splits in (1, 2, 3):
-        sums = poisoned(splits, M, 103)
+        sums = emulated.poisoned(splits, M, 103)
         skinny.launch(operand, skinny.PARTS, x, sums, splits=splits)
         assert relative(sums.sum(0), exact) < 1.5e-3
 

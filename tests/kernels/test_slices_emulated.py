@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from golden import emulated
-from torch import Tensor
+from golden.kernel_checks import relative
 
 from minibble.quantize.formats import Format
 from minibble.quantize.int4 import Int4
@@ -44,14 +44,6 @@ def partial_sums(
     assert (held == -1).all()
 
 
-def relative(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
-
-
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
 @pytest.mark.parametrize(
     ("format", "M", "K"),
     [
@@ -79,10 +71,10 @@ def test_products(format: Format, M: int, K: int) -> None:
     exact = x.double() @ torch.cat([decode(q) for q in parts]).double().t()
     shape = slices.shape_for(layout, M, torch.device("cpu"))
     assert shape is not None
-    y = poisoned(M, 503, dtype=torch.bfloat16)
+    y = emulated.poisoned(M, 503, dtype=torch.bfloat16)
     slices.launch(layout, data, shape, x, y)
     assert relative(y, exact) < 3e-3
-    sums = poisoned(shape.splits, M, 503)
+    sums = emulated.poisoned(shape.splits, M, 503)
     slices.launch(layout, data, shape, x, sums)
     assert relative(sums.sum(0), exact) < 1.5e-3
 
@@ -95,7 +87,7 @@ def test_nan_is_a_sum_like_others() -> None:
     assert layout is not None
     data = pack([q], layout)
     data[CODES_NBYTES : CODES_NBYTES + 4] = 0xFF  # the scale of the first block
-    x, y = torch.randn(3, 2048, generator=generator).bfloat16(), poisoned(3, 64, dtype=torch.bfloat16)
+    x, y = torch.randn(3, 2048, generator=generator).bfloat16(), emulated.poisoned(3, 64, dtype=torch.bfloat16)
     shape = slices.shape_for(layout, 3, torch.device("cpu"))
     assert shape is not None and shape.splits == 2
     slices.launch(layout, data, shape, x, y)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden.kernel_checks import relative
 from torch import Tensor
 
 from minibble.quantize.formats import Format
@@ -42,10 +43,6 @@ def packed(parts: list[QuantizedTensor], interleaved: bool = False) -> tuple[Til
 
 def values(parts: list[QuantizedTensor]) -> Tensor:
     return torch.cat([decode(q) for q in parts])
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def poison(device: torch.device) -> None:

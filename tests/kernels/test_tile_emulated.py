@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from golden import emulated
+from golden.kernel_checks import relative
 from torch import Tensor
 
 from minibble.quantize.formats import Format
@@ -75,10 +76,6 @@ def half_rows(x: Tensor, rows: Tensor | None = None, weights: Tensor | None = No
     x = x if rows is None else x[rows]
     up = torch.exp2(14 - x.float().abs().amax(1).log2().floor())
     return (x.float() * up[:, None]).half(), (1 if weights is None else weights) / up / HALF_SCALE
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.mark.parametrize(

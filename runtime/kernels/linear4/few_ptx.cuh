@@ -1,4 +1,5 @@
-// Of the kernels for few tokens: the PTX they are made of. Before Hopper lanes copy for themselves, and barriers count lanes.
+// Of the kernels for few tokens: the PTX they are made of. Before Hopper lanes copy for themselves, and barriers count
+// lanes.
 
 // Policies as createpolicy.fractional.L2 makes them: of what is read once, and of what is not.
 #define EVICT_FIRST 0x12F0000000000000ull

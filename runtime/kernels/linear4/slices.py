@@ -15,7 +15,7 @@ from minibble.runtime.kernels.counters import Held, of_stream
 from minibble.runtime.kernels.device import multiprocessors, shared_limit
 from minibble.runtime.kernels.linear4 import few
 from minibble.runtime.kernels.nvrtc import Kernel
-from minibble.runtime.kernels.tiles import CODES_NBYTES, ROWS, TileLayout
+from minibble.runtime.kernels.tiles import CODES_NBYTES, ROWS, TileLayout, up
 
 SOURCES = (*few.SOURCES, "slices_shape.cuh", "slices_multiply.cuh", "slices_sums.cuh", "slices.cu")
 COLUMNS = 128  # of a slice, half of a chunk's
@@ -62,7 +62,7 @@ def shape_for(layout: TileLayout, M: int, device: torch.device) -> Shape | None:
     found = []
     for splits in range(1, min(MAX_SPLITS, processors) + 1):
         warps, left = divmod(layout.K // COLUMNS, splits)
-        if left or warps not in WARPS or (splits - 1) * layout.tiles * _up4(M) * ROWS > MAX_PARTIAL_SUMS:
+        if left or warps not in WARPS or (splits - 1) * layout.tiles * up(M, 4) * ROWS > MAX_PARTIAL_SUMS:
             continue
         # Blocks of the last split add the parts of all, so where tiles do not divide it is they that have fewer.
         most = -(-layout.tiles // (processors // splits))
@@ -77,16 +77,12 @@ def shape_for(layout: TileLayout, M: int, device: torch.device) -> Shape | None:
 
 def _shared_nbytes(layout: TileLayout, M: int, warps: int, tiles: int, stride: int) -> int:
     slot = layout.chunk_nbytes - CODES_NBYTES // 2 + 16
-    sums = _BUFFERS * _job_tokens(M) * _SUM_NBYTES
+    sums = _BUFFERS * _tokens(M) * _SUM_NBYTES
     return few.tables_nbytes(layout, tiles, stride) + warps * (SLOTS * slot + sums) + 16 * _BUFFERS
 
 
-def _job_tokens(M: int) -> int:
+def _tokens(M: int) -> int:
     return 8 if M <= 8 else 16
-
-
-def _up4(M: int) -> int:
-    return -(-M // 4) * 4
 
 
 def launch(layout: TileLayout, data: Tensor, shape: Shape, x: Tensor, out: Tensor) -> None:
@@ -104,7 +100,7 @@ def launch(layout: TileLayout, data: Tensor, shape: Shape, x: Tensor, out: Tenso
         M, layout.N, layout.K, layout.tiles, layout.chunks, shape.splits,
         shape.blocks, shape.block_tiles, FIRST_SLOTS, few.codes_of(layout),
     )  # fmt: skip
-    kernel = _kernel(shape.warps, few.scale_kind(layout), layout.scale_columns, _job_tokens(M), shape.table_stride)
+    kernel = _kernel(shape.warps, few.scale_kind(layout), layout.scale_columns, _tokens(M), shape.table_stride)
     with torch.cuda.device_of(x):
         kernel.launch(multiprocessors(device), 32 * shape.warps, [args], shape.nbytes, overlap=True)
 
